@@ -1,0 +1,53 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS_VENV := .venv-protos
+SOURCES := protos client preconditioner_service worker tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint protos check-protos clean
+
+help:  ## Show what can be made.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(PROTOS_VENV)/.installed: constraints-protos.txt
+	$(PYTHON) -m venv $(PROTOS_VENV)
+	$(PROTOS_VENV)/bin/python -m pip install --quiet --constraint constraints-protos.txt grpcio-tools setuptools
+	@touch $@
+
+setup: $(VENV)/.installed  ## Make .venv with everything pinned by constraints.txt.
+
+demo: setup  ## Train a small Transformer with AdamW and with Shampoo through a real service; draw the picture.
+	$(BIN)/preconditioner-worker demo
+
+test: setup lint check-protos  ## Lint, type-check, and run every test.
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy --strict.
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+protos: $(PROTOS_VENV)/.installed  ## Generate the protocol code again from its .proto.
+	cd protos && ../$(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
+		--grpc_python_out=. preconditioner_protos/v1/preconditioner.proto
+
+check-protos: $(PROTOS_VENV)/.installed  ## Fail when the committed protocol code and its .proto differ.
+	@mkdir -p $(PROTOS_VENV)/generated && cd protos && ../$(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I. \
+		--python_out=../$(PROTOS_VENV)/generated --pyi_out=../$(PROTOS_VENV)/generated \
+		--grpc_python_out=../$(PROTOS_VENV)/generated preconditioner_protos/v1/preconditioner.proto
+	@for file in preconditioner_pb2.py preconditioner_pb2.pyi preconditioner_pb2_grpc.py; do \
+		diff -u protos/preconditioner_protos/v1/$$file $(PROTOS_VENV)/generated/preconditioner_protos/v1/$$file \
+		|| { echo "protocol code differs from its .proto: run 'make protos' and commit"; exit 1; }; done
+
+clean:  ## Remove environments, caches and builds; runs/ is kept.
+	rm -rf $(VENV) $(PROTOS_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Protocol version 1: the specification and the code generated from it."""
