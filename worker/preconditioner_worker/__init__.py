@@ -1,0 +1,1 @@
+"""Training workers: workloads, baselines and comparisons for the asynchronous preconditioner."""
