@@ -1,0 +1,151 @@
+"""Inverse p-th roots of symmetric positive semi-definite matrices, verified before they are returned."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from numbers import Rational
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import by_eigh
+from .conditioning import Conditioning, RelativeRidge
+from .errors import DtypeError, InputError, MethodError, RootError
+from .inputs import as_stack, prepare
+from .order import as_order
+from .result import Method, Root
+from .unscale import diagnostics, unscale
+
+_CHUNK_ELEMENTS = 1 << 18
+_DEFAULT = RelativeRidge()
+
+
+def inverse_root(
+    matrix: ArrayLike,
+    p: float | Rational,
+    *,
+    conditioning: Conditioning = _DEFAULT,
+    method: Method = "auto",
+    dtype: DTypeLike = np.float32,
+    residual_bound: float | None = None,
+    retries: int = 3,
+) -> Root:
+    """Return X = B^(-1/p), B being the conditioned matrix, computed in float64 and verified.
+
+    Args:
+        matrix: (n, n), or its upper triangle row by row, (n (n + 1) / 2,); float32 or float64. Never
+            written to.
+        p: any positive rational: 2k for Shampoo with k preconditioned sides, 1 for K-FAC, also 4/3.
+        conditioning: how B is made from the matrix, see `preconditioner_service.roots.conditioning`.
+        method: eigh, schur_newton, or auto: the faster one of those that apply, as measured on this host.
+        dtype: of the result, float32 or float64.
+        residual_bound: largest acceptable `||X^a B^b v - v|| / ||v||`, p = a/b, of the float64 root; by
+            default what rounding explains, see `verification.default_bound`.
+        retries: how many times the ridge or threshold may be multiplied by ten to meet that bound.
+
+    Raises:
+        InputError: no symmetric matrix, order or method (ShapeError, EmptyError, DtypeError, OrderError,
+            MethodError).
+        NotFiniteError: the matrix holds NaN or infinity.
+        AsymmetricError: it differs from its transpose by more than rounding.
+        IndefiniteError: it has an eigenvalue below zero by more than rounding.
+        RangeError: the root does not fit the range of the dtype.
+        ResidualError: no root within the bound after all retries.
+    """
+    outcome = inverse_roots(
+        np.asarray(matrix)[None],
+        p,
+        conditioning=conditioning,
+        method=method,
+        dtype=dtype,
+        residual_bound=residual_bound,
+        retries=retries,
+    )[0]
+    if isinstance(outcome, RootError):
+        raise outcome
+    return outcome
+
+
+def inverse_roots(
+    stack: ArrayLike,
+    p: float | Rational,
+    *,
+    conditioning: Conditioning = _DEFAULT,
+    method: Method = "auto",
+    dtype: DTypeLike = np.float32,
+    residual_bound: float | None = None,
+    retries: int = 3,
+) -> list[Root | RootError]:
+    """Return what `inverse_root` returns or raises for each matrix of a stack, in order.
+
+    Many small matrices cost little more than their decompositions this way. One bad matrix does not spoil the
+    others: its error stands in its place.
+
+    Args:
+        stack: (b, n, n), or (b, n (n + 1) / 2) upper triangles row by row; float32 or float64.
+        p: as for `inverse_root`, and so are all others.
+        conditioning: see `inverse_root`.
+        method: see `inverse_root`.
+        dtype: see `inverse_root`.
+        residual_bound: see `inverse_root`.
+        retries: see `inverse_root`.
+
+    Raises:
+        InputError: what is wrong with the arguments, and so with every matrix.
+    """
+    order = as_order(p)
+    array, n = as_stack(stack)
+    out = np.dtype(dtype)
+    if out not in (np.float32, np.float64):
+        raise DtypeError(f"output dtype {out} is neither float32 nor float64")
+    if not isinstance(conditioning, Conditioning):
+        raise InputError(
+            f"conditioning must be a Conditioning, such as RelativeRidge(1e-6), not {conditioning!r}"
+        )
+    if retries < 0:
+        raise InputError(f"retries = {retries} must be >= 0")
+    if residual_bound is not None and not 0 <= residual_bound < 1:
+        raise InputError(
+            f"residual_bound = {residual_bound} must be in [0, 1): 1 is the residual of a zero root"
+        )
+    if method not in ("auto", "eigh", "schur_newton"):
+        raise MethodError(f"method {method!r} is none of auto, eigh, schur_newton")
+    size = max(1, _CHUNK_ELEMENTS // (n * n))
+    results: list[Root | RootError] = []
+    for start in range(0, len(array), size):
+        results += _chunk(
+            array[start : start + size], n, order, conditioning, method, out, residual_bound, retries
+        )
+    return results
+
+
+def _chunk(
+    chunk: NDArray[Any],
+    n: int,
+    order: Fraction,
+    conditioning: Conditioning,
+    method: Method,
+    dtype: np.dtype[Any],
+    residual_bound: float | None,
+    retries: int,
+) -> list[Root | RootError]:
+    began = time.perf_counter()
+    prepared = prepare(chunk, n, conditioning.floor)
+    solutions = by_eigh.solve(prepared, order, conditioning, residual_bound, retries)
+    results: dict[int, Root | RootError] = dict(prepared.errors)
+    matrices = [
+        unscale(s, e, order, dtype) for s, e in zip(solutions, prepared.exponent_B.tolist(), strict=True)
+    ]
+    seconds = (time.perf_counter() - began) / len(chunk)
+    for k, i in enumerate(prepared.index_B.tolist()):
+        solution, matrix = solutions[k], matrices[k]
+        if isinstance(solution, RootError):
+            results[i] = solution
+        elif isinstance(matrix, RootError):
+            results[i] = matrix
+        else:
+            unit = int(prepared.exponent_B[k])
+            results[i] = Root(matrix, diagnostics(solution, unit, conditioning.truncates, "eigh", seconds))
+    return [results[i] for i in range(len(chunk))]
