@@ -189,6 +189,7 @@ class StalenessConfig:
             the stale one).
         stale_timeout: seconds that one step may wait under ``wait``. Then no step waits again until versions
             arrive; the diagonal step serves meanwhile.
+        stagger: spread the blocks' snapshots over the refresh interval instead of taking all in one step.
     """
 
     max_staleness: int = 200
@@ -197,6 +198,7 @@ class StalenessConfig:
     delay: int | None = None
     policy: StalePolicy = StalePolicy.WAIT
     stale_timeout: float = 60.0
+    stagger: bool = True
 
     AUTO_REFRESH: ClassVar[int] = 10
 

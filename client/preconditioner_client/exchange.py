@@ -16,7 +16,7 @@ import torch
 
 from preconditioner_client.config import Ridge
 from preconditioner_client.roots import inverse_root
-from preconditioner_protos import unpacking_indices
+from preconditioner_protos import unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class LocalExchange:
         spec = self._session.blocks[snapshot.block]
         try:
             sides = tuple(
-                inverse_root(packed[torch.from_numpy(unpacking_indices(n))].view(n, n), p, spec.ridge)
+                inverse_root(torch.from_numpy(unpack(packed.numpy(), n)), p, spec.ridge)
                 for packed, n, p in zip(snapshot.sides, spec.sides, spec.root_orders, strict=True)
             )
         except ValueError as error:

@@ -1,0 +1,38 @@
+"""From what the user says of the service to the exchange that carries it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+
+from preconditioner_client.exchange import Exchange
+from preconditioner_client.service_config import ServiceConfig
+
+_numbers = itertools.count()
+
+
+def make_exchange(service: str | ServiceConfig | Exchange | None, job: str | None) -> tuple[Exchange, str]:
+    """The exchange for a ``service`` argument, and the job's name.
+
+    Args:
+        service: an exchange as it is; otherwise see :meth:`ServiceConfig.resolve`.
+        job: name at the service; default the config's, else one of this host, process and optimizer.
+
+    Raises:
+        ValueError: a setting or an address that cannot be right.
+        ExchangeError: the service could not be started, or refuses this trainer for good.
+    """
+    if isinstance(service, Exchange):
+        return service, job or _default_job()
+    # Only now, so that an optimizer with an exchange of its own needs no gRPC.
+    from preconditioner_client.service_exchange import ServiceExchange
+
+    config = ServiceConfig.resolve(service)
+    return ServiceExchange(config), job or config.job or _default_job()
+
+
+def _default_job() -> str:
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100]
+    return f"{host}-{os.getpid()}-{next(_numbers)}"

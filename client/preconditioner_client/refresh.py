@@ -1,0 +1,290 @@
+"""Freshness of every block: which snapshot is due, which version is in use, what happens beyond the bound.
+
+One :class:`Refresher` serves one optimizer. It holds no tensors but the snapshots and arrivals that a
+schedule keeps under way; the optimizer supplies snapshots and takes versions into use through callbacks.
+Everything is per block and vectorised over blocks, so that a step costs the same for ten or ten thousand.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from preconditioner_client.config import Adoption, StalenessConfig, StalePolicy
+from preconditioner_client.exchange import Arrival, Exchange, Rejection, Snapshot
+
+logger = logging.getLogger("preconditioner_client")
+
+NEVER = -1
+"""In place of a step: no version, no snapshot under way."""
+
+Steps = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_KEPT_AGES = 4096
+
+
+class Refresher:
+    """Bookkeeping of snapshots and versions for a fixed list of blocks.
+
+    Args:
+        staleness: the bound, the intervals and the policy.
+        costs: relative size of each block's snapshot, to spread snapshots over the interval.
+        take: makes snapshots of the given blocks at a step.
+        adopt: takes arrivals into use; called from within :meth:`settle` only.
+    """
+
+    def __init__(
+        self,
+        staleness: StalenessConfig,
+        costs: Sequence[float],
+        take: Callable[[Sequence[int], int], list[Snapshot]],
+        adopt: Callable[[Sequence[Arrival]], None],
+    ) -> None:
+        self.config = staleness
+        self._take = take
+        self._adopt = adopt
+        self.versions: Steps = np.empty(0, dtype=np.int64)
+        self._outstanding: Steps = np.empty(0, dtype=np.int64)
+        self._last_snapshot: Steps = np.empty(0, dtype=np.int64)
+        # A block whose last snapshot was refused is not waited for: the next statistics may do.
+        self._refused: Mask = np.empty(0, dtype=np.bool_)
+        self.extend(costs, 0)
+        self._generation = 0
+        self._breaker_open = False
+        self._warned: set[str] = set()
+        # Only filled by scheduled adoption: (block, step) -> what is under way, or has arrived early.
+        self.scheduled: dict[tuple[int, int], Snapshot] = {}
+        self._early: dict[tuple[int, int], Arrival] = {}
+        self.ages: deque[int] = deque(maxlen=_KEPT_AGES)
+        self.counters = dict.fromkeys(
+            (
+                "versions_adopted",
+                "outdated",
+                "refused",
+                "age_max",
+                "waits",
+                "wait_timeouts",
+                "late_adoptions",
+                "blocks_grafted_stale",
+                "blocks_kept_stale",
+            ),
+            0,
+        )
+        self.wait_seconds = 0.0
+
+    def extend(self, costs: Sequence[float], step: int) -> None:
+        """Add blocks at the end, as of step ``step``."""
+        count = len(costs)
+        never: Steps = np.full(count, NEVER, dtype=np.int64)
+        begin: Steps = self._phases(costs) - self.config.interval + step
+        self.versions = np.concatenate([self.versions, never])
+        self._outstanding = np.concatenate([self._outstanding, never])
+        self._last_snapshot = np.concatenate([self._last_snapshot, begin])
+        self._refused = np.concatenate([self._refused, np.zeros(count, dtype=np.bool_)])
+
+    def _phases(self, costs: Sequence[float]) -> Steps:
+        """First snapshots spread over one interval in proportion to size, so that no step bears them all."""
+        interval = self.config.interval
+        if not self.config.stagger or not costs:
+            return np.full(len(costs), interval, dtype=np.int64)
+        before = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
+        first: Steps = interval + np.floor(before[:-1] / before[-1] * interval).astype(np.int64)
+        return first
+
+    def offer(self, exchange: Exchange, step: int) -> None:
+        """Take the snapshots that are due after step ``step`` and hand them over. Never blocks."""
+        if exchange.generation != self._generation:
+            self._reoffer(exchange, step)
+        due = step - self._last_snapshot >= self.config.interval
+        if self.config.refresh_every is None:
+            idle = self._outstanding == NEVER
+            # An answer that never comes must not silence a block for ever.
+            lost = step - self._outstanding > max(self.config.interval, self.config.max_staleness // 2)
+            due &= idle | lost
+        self._offer_blocks(exchange, np.flatnonzero(due), step)
+
+    def settle(self, exchange: Exchange, step: int) -> Mask:
+        """Adopt what is there, and apply the policy to blocks beyond the bound.
+
+        Returns:
+            For each block whether its preconditioner may be used in this step.
+        """
+        self._collect(exchange, step)
+        late = self._late(step)
+        if late.any() and self.config.policy is StalePolicy.WAIT and not self._breaker_open:
+            self._wait(exchange, step, late)
+            late = self._late(step)
+        usable: Mask = self.versions != NEVER
+        beyond = usable & (step - self.versions > self.config.max_staleness)
+        if beyond.any():
+            if self.config.policy is StalePolicy.KEEP:
+                self.counters["blocks_kept_stale"] += int(beyond.sum())
+                self._warn("stale", "preconditioners older than the bound stay in use")
+            else:
+                usable &= ~beyond
+                self.counters["blocks_grafted_stale"] += int(beyond.sum())
+                self._warn("stale", "blocks beyond the bound take the grafted diagonal step")
+        else:
+            self._warned.discard("stale")
+        if usable.any():
+            age = step - int(self.versions[usable].min())
+            self.counters["age_max"] = max(self.counters["age_max"], age)
+        return usable
+
+    def age(self, step: int) -> int | None:
+        """Largest age of any block's version at a step; None without versions."""
+        known = self.versions[self.versions != NEVER]
+        return int(step - known.min()) if known.size else None
+
+    def metrics(self) -> dict[str, Any]:
+        """Plain counters, see ``Shampoo.metrics``."""
+        return {
+            **self.counters,
+            "ages": list(self.ages),
+            "blocks": int(self.versions.size),
+            "blocks_with_version": int((self.versions != NEVER).sum()),
+            "wait_seconds": self.wait_seconds,
+            "breaker_open": self._breaker_open,
+        }
+
+    def restore(self, versions: Sequence[int], last_snapshots: Sequence[int]) -> None:
+        """Continue from a checkpoint: the versions in use and when each block was last taken."""
+        self.versions[:] = versions
+        self._last_snapshot[:] = last_snapshots
+        self._outstanding[:] = NEVER
+        self._refused[:] = False
+        self._early.clear()
+        for block, step in self.scheduled:
+            self._outstanding[block] = max(self._outstanding[block], step)
+
+    def last_snapshot(self, block: int) -> int:
+        """Step of the newest snapshot of a block; before the first, where its schedule begins."""
+        return int(self._last_snapshot[block])
+
+    def _offer_blocks(self, exchange: Exchange, blocks: Steps, step: int) -> None:
+        if not blocks.size:
+            return
+        snapshots = self._take([int(b) for b in blocks], step)
+        self._last_snapshot[blocks] = step
+        self._outstanding[blocks] = step
+        if self.config.adoption is Adoption.SCHEDULED:
+            self.scheduled.update({(s.block, s.step): s for s in snapshots})
+        exchange.offer(snapshots, step)
+
+    def _reoffer(self, exchange: Exchange, step: int) -> None:
+        """A connection was made anew, so what was under way may be lost.
+
+        On a schedule the very snapshots under way are needed again; otherwise newer ones are worth more.
+        """
+        self._generation = exchange.generation
+        if self.config.adoption is Adoption.SCHEDULED:
+            missing = [s for key, s in sorted(self.scheduled.items()) if key not in self._early]
+            if missing:
+                exchange.offer(missing, step)
+            return
+        self._outstanding[:] = NEVER
+
+    def _collect(self, exchange: Exchange, step: int) -> None:
+        adopted: dict[int, Arrival] = {}
+        for event in exchange.collect(step):
+            if isinstance(event, Rejection):
+                self._reject(event)
+            elif event.step <= self.versions[event.block] or event.step > step:
+                self.counters["outdated"] += 1
+            elif self.config.adoption is Adoption.SCHEDULED:
+                self._early[(event.block, event.step)] = event
+            else:
+                previous = adopted.get(event.block)
+                if previous is not None and previous.step >= event.step:
+                    self.counters["outdated"] += 1
+                    continue
+                adopted[event.block] = event
+        for arrival in self._due_now(step):
+            adopted[arrival.block] = arrival
+        if not adopted:
+            return
+        self._adopt(list(adopted.values()))
+        for arrival in adopted.values():
+            block = arrival.block
+            self.versions[block] = arrival.step
+            self._refused[block] = False
+            if self._outstanding[block] <= arrival.step:
+                self._outstanding[block] = NEVER
+            self.ages.append(step - arrival.step)
+        self.counters["versions_adopted"] += len(adopted)
+        if self._breaker_open:
+            self._breaker_open = False
+            logger.warning("step %d: preconditioners arrive again; steps may wait for them again", step)
+
+    def _due_now(self, step: int) -> list[Arrival]:
+        """Scheduled arrivals whose step of adoption has come, oldest first; later ones replace earlier."""
+        due = []
+        for key in sorted(self._early, key=lambda key: key[1]):
+            adoption_step = key[1] + (self.config.delay or 0)
+            if adoption_step > step:
+                continue
+            due.append(self._early.pop(key))
+            self.counters["late_adoptions"] += adoption_step < step
+            # An older snapshot of the block is of no use any more.
+            for other in [o for o in self.scheduled if o[0] == key[0] and o[1] <= key[1]]:
+                del self.scheduled[other]
+        return due
+
+    def _reject(self, event: Rejection) -> None:
+        self.counters["refused"] += 1
+        block = event.block
+        self._refused[block] = True
+        self.scheduled.pop((block, event.step), None)
+        if self._outstanding[block] <= event.step:
+            self._outstanding[block] = NEVER
+        self._warn(event.reason, f"no preconditioner for block {block}: {event.reason}: {event.detail}")
+
+    def _late(self, step: int) -> Mask:
+        """Blocks that a step under ``wait`` waits for."""
+        late: Mask = (self.versions != NEVER) & (step - self.versions > self.config.max_staleness)
+        late &= ~self._refused
+        if self.config.adoption is Adoption.SCHEDULED:
+            for block, snapshot_step in self.scheduled:
+                if snapshot_step + (self.config.delay or 0) <= step:
+                    late[block] = True
+        return late
+
+    def _wait(self, exchange: Exchange, step: int, late: Mask) -> None:
+        began = time.monotonic()
+        deadline = began + self.config.stale_timeout
+        self.counters["waits"] += 1
+        while late.any():
+            if exchange.generation != self._generation:
+                self._reoffer(exchange, step)
+            if self.config.adoption is Adoption.EAGER:
+                unasked = late & (self._outstanding == NEVER)
+                self._offer_blocks(exchange, np.flatnonzero(unasked), step)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not exchange.wait(remaining):
+                self._breaker_open = True
+                self.counters["wait_timeouts"] += 1
+                logger.warning(
+                    "step %d: %d blocks are older than %d steps and nothing came within %.1f s; training "
+                    "goes on with the grafted diagonal step and waits no more until preconditioners arrive",
+                    step,
+                    int(late.sum()),
+                    self.config.max_staleness,
+                    self.config.stale_timeout,
+                )
+                break
+            self._collect(exchange, step)
+            late = self._late(step)
+        self.wait_seconds += time.monotonic() - began
+
+    def _warn(self, state: str, message: str) -> None:
+        """Log a state once, until it has ended."""
+        if state not in self._warned:
+            self._warned.add(state)
+            logger.warning("%s (max_staleness %d)", message, self.config.max_staleness)

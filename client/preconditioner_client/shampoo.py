@@ -1,0 +1,423 @@
+"""Shampoo as a ``torch.optim.Optimizer`` whose matrix roots are computed elsewhere.
+
+For each block of a parameter with gradient G (arXiv 1802.09568, arXiv 2002.09018):
+
+1. ``S_i <- beta S_i + (1 - beta) G_(i) G_(i)ᵀ`` for every preconditioned side i (or the sum).
+2. Snapshots that are due leave for the service; versions that came back are taken into use.
+3. ``m <- beta1 m + (1 - beta1) G``, bias-corrected; d the grafted diagonal direction of m.
+4. ``u = P_0 m P_1 ..`` with ``P_i = (S_i + ridge I)^(-1/(2k))`` as of its version, scaled to the length of d.
+   A block without a usable version takes d itself.
+5. Momentum over u, decoupled weight decay, ``w <- w - lr u``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast, overload
+
+import torch
+from torch.optim import Optimizer
+
+from preconditioner_client import checkpoint
+from preconditioner_client.config import (
+    BlockingConfig,
+    Grafting,
+    GraftingConfig,
+    RootConfig,
+    StalenessConfig,
+    StatisticsConfig,
+)
+from preconditioner_client.connect import make_exchange
+from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
+from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
+from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
+from preconditioner_client.plan import GroupPlan, StackPlan, plan_group
+from preconditioner_client.refresh import Mask, Refresher
+from preconditioner_client.service_config import ServiceConfig
+
+logger = logging.getLogger("preconditioner_client")
+
+Tensors = list[torch.Tensor]
+MaybeTensors = list[torch.Tensor | None]
+
+
+class Shampoo(Optimizer):
+    """Shampoo with grafting, preconditioned asynchronously.
+
+    Args:
+        params: parameters, named parameters or groups, as for every torch optimizer. All keyword arguments
+            but ``staleness``, ``service`` and ``job`` may differ between groups.
+        lr: learning rate > 0; a float or a tensor.
+        beta1: decay of the gradient's EMA, bias-corrected; 0 turns it off.
+        momentum: heavy-ball factor over the preconditioned updates, as in ``torch.optim.SGD``.
+        dampening: of the momentum.
+        nesterov: look-ahead form of the momentum.
+        weight_decay: factor.
+        decoupled_weight_decay: ``w <- (1 - lr weight_decay) w`` (AdamW) rather than a term in the gradient.
+        maximize: ascend instead of descend.
+        grafting: the diagonal method whose step lengths are taken.
+        statistics: how the Kronecker statistics are accumulated.
+        blocking: how parameters are cut.
+        root: ridge and exponent.
+        staleness: refresh interval, bound, adoption and policy.
+        service: ``"embedded"`` (default) for a private service beside this process, ``"host:port"`` or a
+            :class:`ServiceConfig` for a running one, or any :class:`Exchange`.
+        job: name of this training job at the service; default from host and process.
+
+    Raises:
+        ValueError: a setting outside of its range, a complex parameter, a gradient with NaN or infinity (from
+            :meth:`step`, before anything was changed).
+        ExchangeError: the service could not be started, or refuses this trainer for good.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 3e-3,
+        *,
+        beta1: float = 0.9,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        grafting: GraftingConfig | None = None,
+        statistics: StatisticsConfig | None = None,
+        blocking: BlockingConfig | None = None,
+        root: RootConfig | None = None,
+        staleness: StalenessConfig | None = None,
+        service: str | ServiceConfig | Exchange | None = None,
+        job: str | None = None,
+    ) -> None:
+        self._plans: list[GroupPlan] = []
+        self._step = 0
+        self._epoch = time.time_ns() // 1000
+        self._staleness = staleness or StalenessConfig()
+        self._refresher = Refresher(self._staleness, [], self._snapshots, self._adopt)
+        self._exchange: Exchange | None = None
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "grafting": grafting or GraftingConfig(),
+            "statistics": statistics or StatisticsConfig(),
+            "blocking": blocking or BlockingConfig(),
+            "root": root or RootConfig(),
+        }
+        super().__init__(params, defaults)
+        # Last, so that no process is started for settings that are refused.
+        self._exchange, self._job = make_exchange(service, job)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also in the middle of training; its blocks join the session with the next step."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient.
+
+        Does no I/O, and waits only as ``staleness`` says.
+
+        Raises:
+            ValueError: a gradient holds NaN or infinity. Nothing has changed then.
+            RuntimeError: a gradient is sparse.
+            ExchangeError: the service refused this trainer for good when it first answered.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        gradients = [
+            working_gradients(group, plan.names)
+            for group, plan in zip(self.param_groups, self._plans, strict=True)
+        ]
+        if not any(g is not None for of_group in gradients for g in of_group):
+            return loss
+        check_finite(gradients, [plan.names for plan in self._plans])
+        self._step += 1
+        for plan, of_group in zip(self._plans, gradients, strict=True):
+            for entry in plan.stacks:
+                rows = entry.rows_with(of_group)
+                if rows:
+                    entry.stack.accumulate(entry.stack.gather(of_group, rows), rows)
+        exchange = cast(Exchange, self._exchange)
+        self._refresher.offer(exchange, self._step)
+        usable = self._refresher.settle(exchange, self._step)
+        for group, plan, of_group in zip(self.param_groups, self._plans, gradients, strict=True):
+            self._update_group(group, plan, of_group, usable)
+        return loss
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters as a plain dict of numbers and lists.
+
+        ``step``, ``epoch``; ``blocks``, ``blocks_with_version``; ``age`` (largest now, None without
+        versions), ``age_max`` (largest ever used), ``ages`` (steps from snapshot to adoption of the latest
+        refreshes); ``versions_adopted``, ``outdated`` and ``refused`` (NACKs); ``waits``, ``wait_seconds``,
+        ``wait_timeouts``, ``breaker_open``; ``blocks_grafted_stale`` and ``blocks_kept_stale`` (blocks x
+        steps beyond the bound); ``late_adoptions`` (after their scheduled step); and the exchange's
+        counters, see :meth:`Exchange.counters`.
+        """
+        exchange = {} if self._exchange is None else self._exchange.counters()
+        return {
+            **exchange,
+            **self._refresher.metrics(),
+            "step": self._step,
+            "epoch": self._epoch,
+            "age": self._refresher.age(self._step),
+            "max_staleness": self._staleness.max_staleness,
+        }
+
+    def close(self) -> None:
+        """End the exchange, and an embedded service with it. Happens by itself when the process ends."""
+        if self._exchange is not None:
+            self._exchange.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`."""
+        self._prepare_plans()
+        checkpoint.write(self, self._plans, self._refresher, self._step, self._epoch)
+        return checkpoint.strip_settings(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
+
+        Raises:
+            ValueError: the checkpoint does not fit these parameters; names the first that differs.
+        """
+        self._prepare_plans()
+        checkpoint.check(self, self._plans, state_dict)
+        super().load_state_dict(checkpoint.with_settings(self, state_dict))
+        self._step, saved_epoch = checkpoint.read(self, self._plans, self._refresher, state_dict)
+        self._epoch = max(time.time_ns() // 1000, saved_epoch + 1, self._epoch + 1)
+        if self._session_blocks:
+            self._open_session()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Shampoo optimizer holds a connection; copy or save its state_dict() instead")
+
+    _session_blocks = 0
+
+    def _prepare_plans(self) -> None:
+        """Plan groups that have none yet: not before, since modules may move to their device until then."""
+        for number, group in enumerate(self.param_groups[len(self._plans) :], start=len(self._plans)):
+            first = sum(len(plan.specs) for plan in self._plans)
+            names = [str(name) for name in group.get("param_names", ())] or [
+                f"group{number}.parameter{i}" for i in range(len(group["params"]))
+            ]
+            plan = plan_group(group, names, first)
+            self._plans.append(plan)
+            costs = [sum(n * (n + 1) / 2 for n in spec.sides) for spec in plan.specs]
+            self._refresher.extend(costs, self._step)
+
+    def _prepare(self) -> None:
+        self._prepare_plans()
+        blocks = sum(len(plan.specs) for plan in self._plans)
+        if blocks != self._session_blocks:
+            self._session_blocks = blocks
+            self._open_session()
+
+    def _open_session(self) -> None:
+        cast(Exchange, self._exchange).open(
+            SessionSpec(
+                job=self._job,
+                epoch=self._epoch,
+                blocks=tuple(spec for plan in self._plans for spec in plan.specs),
+                max_staleness=self._staleness.max_staleness,
+                snapshots_in_flight=self._staleness.snapshots_in_flight,
+            )
+        )
+
+    def _stack_rows(self, blocks: Iterable[int]) -> dict[int, tuple[StackPlan, list[int]]]:
+        """Blocks of the session, grouped by stack: ``{id: (stack, positions in blocks)}``."""
+        entries = [entry for plan in self._plans for entry in plan.stacks]
+        grouped: dict[int, tuple[StackPlan, list[int]]] = {}
+        for position, block in enumerate(blocks):
+            entry = next(e for e in entries if e.first <= block < e.first + len(e.stack))
+            grouped.setdefault(entry.first, (entry, []))[1].append(position)
+        return grouped
+
+    def _snapshots(self, blocks: Sequence[int], step: int) -> list[Snapshot]:
+        snapshots = []
+        for entry, positions in self._stack_rows(blocks).values():
+            rows = [blocks[i] - entry.first for i in positions]
+            for row, sides in zip(rows, entry.stack.snapshot(rows), strict=True):
+                snapshots.append(Snapshot(entry.first + row, step, tuple(side.cpu() for side in sides)))
+        return snapshots
+
+    def _adopt(self, arrivals: Sequence[Arrival]) -> None:
+        for entry, positions in self._stack_rows([a.block for a in arrivals]).values():
+            chosen = [arrivals[i] for i in positions]
+            entry.stack.adopt([a.block - entry.first for a in chosen], [a.sides for a in chosen])
+
+    def _update_group(
+        self, group: dict[str, Any], plan: GroupPlan, gradients: MaybeTensors, usable: Mask
+    ) -> None:
+        grafting: GraftingConfig = group["grafting"]
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        if not present:
+            return
+        params = [group["params"][i] for i in present]
+        grads = [cast(torch.Tensor, gradients[i]) for i in present]
+        states = [self._state_of(p, g, group) for p, g in zip(params, grads, strict=True)]
+        for state in states:
+            state["step"] += 1
+        steps = [int(state["step"]) for state in states]
+
+        filtered = grads
+        if group["beta1"] > 0:
+            averages = [state["exp_avg"] for state in states]
+            torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
+            filtered = list(torch._foreach_div(averages, [1 - group["beta1"] ** t for t in steps]))
+        moments = [state["second_moment"] for state in states] if needs_second_moment(grafting) else []
+        if moments:
+            update_second_moments(grafting, moments, grads)
+        updates = [d.contiguous() for d in directions(grafting, filtered, moments, steps)]
+
+        self._precondition(
+            plan,
+            _spread(filtered, present, gradients),
+            _spread(updates, present, gradients),
+            grafting,
+            usable,
+        )
+        if group["momentum"] > 0:
+            updates = _momentum(group, states, updates)
+        _apply(group, params, updates)
+
+    def _precondition(
+        self,
+        plan: GroupPlan,
+        filtered: MaybeTensors,
+        updates: MaybeTensors,
+        grafting: GraftingConfig,
+        usable: Mask,
+    ) -> None:
+        """Replace the diagonal direction in ``updates`` wherever a block has a usable version."""
+        for entry in plan.stacks:
+            mask = usable[entry.first : entry.first + len(entry.stack)]
+            if not mask.any():
+                continue
+            rows = tuple(row for row in entry.rows_with(updates) if mask[row])
+            if not rows:
+                continue
+            blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
+            if grafting.method is not Grafting.NONE:
+                diagonal = entry.stack.gather(updates, rows)
+                lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
+                own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+                scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
+                blocks = blocks * scale.view(-1, *(1,) * (blocks.ndim - 1))
+            entry.stack.scatter(blocks, updates, rows)
+
+    def _state_of(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        state.setdefault("step", 0)
+        wanted = []
+        if group["beta1"] > 0:
+            wanted.append("exp_avg")
+        if needs_second_moment(group["grafting"]):
+            wanted.append("second_moment")
+        for key in wanted:
+            if key not in state:
+                state[key] = torch.zeros_like(gradient)
+        return state
+
+
+def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> MaybeTensors:
+    """Tensors of the parameters that have a gradient, at their positions in the group."""
+    spread: MaybeTensors = [None] * len(pattern)
+    for position, tensor in zip(present, tensors, strict=True):
+        spread[position] = tensor
+    return spread
+
+
+def _momentum(group: dict[str, Any], states: list[dict[str, Any]], updates: Tensors) -> Tensors:
+    """Heavy ball as in ``torch.optim.SGD``: the first update starts the buffer undampened."""
+    momentum = group["momentum"]
+    result = []
+    for state, update in zip(states, updates, strict=True):
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = update.clone()
+        else:
+            buffer.mul_(momentum).add_(update, alpha=1 - group["dampening"])
+        result.append(update.add(buffer, alpha=momentum) if group["nesterov"] else buffer)
+    return result
+
+
+def _apply(group: dict[str, Any], params: Tensors, updates: Tensors) -> None:
+    lr = group["lr"]
+    if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    cast_updates = [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(params, updates, strict=True)]
+    if isinstance(lr, torch.Tensor):
+        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in cast_updates])
+    else:
+        torch._foreach_add_(params, cast_updates, alpha=-lr)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = float(group["lr"])
+    if not lr > 0:
+        raise ValueError(f"lr must be > 0, not {lr}; schedulers may lower it to 0 later")
+    if not 0 <= group["beta1"] < 1:
+        raise ValueError(f"beta1 must be in [0, 1), not {group['beta1']}")
+    for key in ("momentum", "dampening", "weight_decay"):
+        if not group[key] >= 0:
+            raise ValueError(f"{key} must be >= 0, not {group[key]}")
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs momentum > 0 and dampening 0")
+    known = {
+        "grafting": GraftingConfig,
+        "statistics": StatisticsConfig,
+        "blocking": BlockingConfig,
+        "root": RootConfig,
+    }
+    for key, kind in known.items():
+        if not isinstance(group[key], kind):
+            raise ValueError(f"{key} must be a {kind.__name__}, not {group[key]!r}")
+    unknown = set(group) - set(known) - _GROUP_KEYS
+    if unknown:
+        raise ValueError(f"unknown key in a parameter group: {sorted(unknown)}; known: {sorted(_GROUP_KEYS)}")
+    for index, parameter in enumerate(group["params"]):
+        names = group.get("param_names")
+        check_parameter(parameter, str(names[index]) if names else f"parameter {index}")
+
+
+_GROUP_KEYS = {
+    "params",
+    "param_names",
+    "lr",
+    "initial_lr",
+    "beta1",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "maximize",
+    "name",
+    "lr_scale",
+}

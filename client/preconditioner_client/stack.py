@@ -1,0 +1,186 @@
+"""Equal blocks, stacked: statistics, preconditioners and the products with them, one batched call for all.
+
+All blocks of one shape in a parameter group live in one :class:`BlockStack`, whatever parameter they belong
+to, so that the number of kernel launches does not grow with the number of blocks. Shapes in comments: B
+blocks, ``d0 .. dk`` the dimensions of a block, n the length of the preconditioned side at hand, r the product
+of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from preconditioner_client.blocks import BlockSlice
+from preconditioner_client.config import Accumulation, StatisticsConfig
+from preconditioner_protos import upper_indices
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One block of a stack.
+
+    Attributes:
+        parameter: position of its parameter in the group.
+        number: position of the block in its parameter's partition.
+        merged: shape of the parameter after merging.
+        place: where the block lies in the merged parameter.
+    """
+
+    parameter: int
+    number: int
+    merged: tuple[int, ...]
+    place: BlockSlice
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block in a tensor of the parameter's shape."""
+        merged = tensor.reshape(self.merged)
+        return merged if self.place.shape == self.merged else merged[self.place.slices]
+
+
+class BlockStack:
+    """Statistics and preconditioners of B blocks of one shape."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        preconditioned: tuple[int, ...],
+        statistics: StatisticsConfig,
+        device: torch.device,
+    ) -> None:
+        self.members = tuple(members)
+        self.shape = self.members[0].place.shape
+        self.preconditioned = preconditioned
+        self.config = statistics
+        self.device = device
+        count = len(self.members)
+        self.sides = tuple(self.shape[dim] for dim in preconditioned)
+        # Per preconditioned side (B, n, n), float32 whatever the parameters are.
+        self.statistics = [torch.zeros(count, n, n, device=device) for n in self.sides]
+        self.preconditioners = [torch.zeros(count, n, n, device=device) for n in self.sides]
+        # Accumulations so far, per block: blocks of one stack may miss gradients in different steps.
+        self.updates = [0] * count
+        self._upper: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def gather(self, tensors: Sequence[torch.Tensor | None], rows: Sequence[int]) -> torch.Tensor:
+        """The given rows' blocks of a list of tensors, one for each parameter of the group.
+
+        Returns:
+            float32 tensor of shape ``(len(rows), *shape)``; it may share memory with its source.
+        """
+        views = []
+        for row in rows:
+            tensor = tensors[self.members[row].parameter]
+            if tensor is None:
+                raise ValueError(f"row {row} has no tensor")
+            views.append(self.members[row].view(tensor))
+        stacked = views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
+        return stacked.to(torch.float32)
+
+    def scatter(
+        self, blocks: torch.Tensor, tensors: Sequence[torch.Tensor | None], rows: Sequence[int]
+    ) -> None:
+        """Write blocks of shape ``(len(rows), *shape)`` to their places; the inverse of :meth:`gather`.
+
+        The tensors must be contiguous, since a reshaped copy would swallow what is written.
+        """
+        views = []
+        for row in rows:
+            member = self.members[row]
+            tensor = tensors[member.parameter]
+            if tensor is None or not tensor.is_contiguous():
+                raise ValueError(f"row {row} has no contiguous tensor to be written to")
+            views.append(member.view(tensor))
+        torch._foreach_copy_(views, list(blocks.unbind(0)))
+
+    def accumulate(self, gradients: torch.Tensor, rows: Sequence[int]) -> None:
+        """``S_i <- S_i + G_(i) G_(i)ᵀ`` or its EMA, for each preconditioned side i.
+
+        arXiv 1802.09568, algorithm 2.
+
+        Args:
+            gradients: shape ``(len(rows), *shape)``.
+            rows: the blocks that they belong to, increasing.
+        """
+        whole = len(rows) == len(self.members)
+        ema = self.config.accumulation is Accumulation.EMA
+        beta, alpha = (self.config.beta, 1 - self.config.beta) if ema else (1.0, 1.0)
+        index = None if whole else torch.tensor(rows, device=self.device)
+        for statistics, dim in zip(self.statistics, self.preconditioned, strict=True):
+            unfolded = _unfold(gradients, dim)  # (b, n, r)
+            if index is None:
+                statistics.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
+            else:
+                part = statistics.index_select(0, index)
+                statistics.index_copy_(0, index, part.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha))
+        for row in rows:
+            self.updates[row] += 1
+
+    def precondition(self, blocks: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Multiply every preconditioned side by its preconditioner: ``P_0 M P_1`` for a matrix.
+
+        Args:
+            blocks: shape ``(len(rows), *shape)``.
+            rows: the blocks that they belong to, increasing.
+
+        Returns:
+            New tensor of the same shape.
+        """
+        index = None if len(rows) == len(self.members) else torch.tensor(rows, device=self.device)
+        result = blocks
+        for preconditioners, dim in zip(self.preconditioners, self.preconditioned, strict=True):
+            factor = preconditioners if index is None else preconditioners.index_select(0, index)
+            if dim == 0:
+                # (b, n, n) @ (b, n, r), without moving the dimension.
+                result = torch.bmm(factor, result.flatten(2)).view(result.shape)
+                continue
+            moved = result.movedim(dim + 1, -1)
+            product = torch.bmm(moved.flatten(1, -2), factor).view(moved.shape)
+            result = product.movedim(-1, dim + 1)
+        return result
+
+    def snapshot(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+        """Packed upper triangles of the (bias-corrected) statistics of the given blocks.
+
+        Returns:
+            Per row, per side a new 1-D float32 tensor of ``n (n + 1) / 2`` values on this stack's device.
+        """
+        index = torch.tensor(rows, device=self.device)
+        correct = self.config.accumulation is Accumulation.EMA and self.config.bias_correction
+        packed_sides = []
+        for statistics, n in zip(self.statistics, self.sides, strict=True):
+            # One gather straight from the stack: (b, n (n + 1) / 2)
+            flat = index.unsqueeze(1) * (n * n) + self._upper_of(n)
+            packed = statistics.view(-1).take(flat)
+            if correct:
+                factors = [1.0 / (1 - self.config.beta ** max(1, self.updates[row])) for row in rows]
+                packed.mul_(torch.tensor(factors, device=self.device).unsqueeze(1))
+            packed_sides.append(packed.unbind(0))
+        return [tuple(side[i] for side in packed_sides) for i in range(len(rows))]
+
+    def adopt(self, rows: Sequence[int], sides: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Take new preconditioners into use.
+
+        Args:
+            rows: the blocks.
+            sides: per row, per side a float32 tensor of shape (n, n) on any device.
+        """
+        for number, preconditioners in enumerate(self.preconditioners):
+            rows_of = [preconditioners[row] for row in rows]
+            torch._foreach_copy_(rows_of, [new[number] for new in sides], non_blocking=True)
+
+    def _upper_of(self, n: int) -> torch.Tensor:
+        if n not in self._upper:
+            # A copy, since the cached NumPy array is read-only, which torch does not know.
+            self._upper[n] = torch.tensor(upper_indices(n), device=self.device)
+        return self._upper[n]
+
+
+def _unfold(blocks: torch.Tensor, dim: int) -> torch.Tensor:
+    """``(b, d0 .. dk)`` as ``(b, n, r)`` with n the given dimension."""
+    return blocks.movedim(dim + 1, 1).flatten(2)
