@@ -8,6 +8,7 @@ METHODS.md beside this file says which methods were tried and what they cost.
 """
 
 from .basis import Eigenbasis, eigenbasis
+from .calibration import Timing, calibrate
 from .conditioning import AbsoluteRidge, Conditioning, PseudoInverse, RelativeRidge, TraceRidge
 from .errors import (
     AsymmetricError,
@@ -49,7 +50,9 @@ __all__ = [
     "Root",
     "RootError",
     "ShapeError",
+    "Timing",
     "TraceRidge",
+    "calibrate",
     "eigenbasis",
     "inverse_root",
     "inverse_roots",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from fractions import Fraction
 from numbers import Rational
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import by_eigh
+from . import by_eigh, by_newton
+from .calibration import choose
 from .conditioning import Conditioning, RelativeRidge
 from .errors import DtypeError, InputError, MethodError, RootError
 from .inputs import as_stack, prepare
@@ -112,11 +113,14 @@ def inverse_roots(
         )
     if method not in ("auto", "eigh", "schur_newton"):
         raise MethodError(f"method {method!r} is none of auto, eigh, schur_newton")
+    chosen = method
+    if chosen == "auto":
+        chosen = choose(n, order, conditioning)
     size = max(1, _CHUNK_ELEMENTS // (n * n))
     results: list[Root | RootError] = []
     for start in range(0, len(array), size):
         results += _chunk(
-            array[start : start + size], n, order, conditioning, method, out, residual_bound, retries
+            array[start : start + size], n, order, conditioning, chosen, out, residual_bound, retries
         )
     return results
 
@@ -126,14 +130,15 @@ def _chunk(
     n: int,
     order: Fraction,
     conditioning: Conditioning,
-    method: Method,
+    method: Literal["eigh", "schur_newton"],
     dtype: np.dtype[Any],
     residual_bound: float | None,
     retries: int,
 ) -> list[Root | RootError]:
     began = time.perf_counter()
     prepared = prepare(chunk, n, conditioning.floor)
-    solutions = by_eigh.solve(prepared, order, conditioning, residual_bound, retries)
+    solve = by_eigh.solve if method == "eigh" else by_newton.solve
+    solutions = solve(prepared, order, conditioning, residual_bound, retries)
     results: dict[int, Root | RootError] = dict(prepared.errors)
     matrices = [
         unscale(s, e, order, dtype) for s, e in zip(solutions, prepared.exponent_B.tolist(), strict=True)
@@ -147,5 +152,5 @@ def _chunk(
             results[i] = matrix
         else:
             unit = int(prepared.exponent_B[k])
-            results[i] = Root(matrix, diagnostics(solution, unit, conditioning.truncates, "eigh", seconds))
+            results[i] = Root(matrix, diagnostics(solution, unit, conditioning.truncates, method, seconds))
     return [results[i] for i in range(len(chunk))]

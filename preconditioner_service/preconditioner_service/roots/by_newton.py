@@ -1,0 +1,112 @@
+"""Inverse roots by coupled Newton: no spectrum, products only.
+
+A^(-b/a) is taken as (A^(-1/a))^b: raising a well computed positive definite root to a small power
+multiplies its relative error by b and no more, while a root of A^-b would start from a condition raised to
+the power b.
+
+Eigenvalues cannot be clipped here, as they are never known: B = A + ridge I itself must be positive
+definite. Where rounding left A with eigenvalues below -ridge, that is a retry with a larger ridge.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from scipy.linalg import lapack
+
+from .conditioning import Conditioning, Floats
+from .errors import IndefiniteError, MethodError, ResidualError, RootError
+from .inputs import Prepared, rounding_level
+from .lanczos import largest_eigenvalue
+from .newton import coupled_newton
+from .solution import Solution, escalated, failure
+from .verification import default_bound, probes, residuals
+
+
+def solve(
+    prepared: Prepared,
+    order: Fraction,
+    conditioning: Conditioning,
+    residual_bound: float | None,
+    retries: int,
+) -> list[Solution | RootError]:
+    """Return a verified root, or the error, of each prepared matrix.
+
+    Raises:
+        MethodError: the conditioning is a pseudo-inverse, for which Newton's method has no equation.
+    """
+    if conditioning.truncates:
+        raise MethodError("schur_newton has no pseudo-inverse; use method eigh or auto, or a ridge")
+    outcomes: list[Solution | RootError] = []
+    for scaled_NN, exponent in zip(prepared.scaled_BNN, prepared.exponent_B, strict=True):
+        try:
+            outcomes.append(
+                _solve_one(scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries)
+            )
+        except RootError as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def _solve_one(
+    scaled_NN: Floats,
+    exponent: np.int64,
+    eps: float,
+    order: Fraction,
+    conditioning: Conditioning,
+    residual_bound: float | None,
+    retries: int,
+) -> Solution:
+    n = len(scaled_NN)
+    unit = float(np.ldexp(1.0, int(exponent)))
+    largest = max(largest_eigenvalue(scaled_NN), 0.0)
+    most_negative = -largest_eigenvalue(-scaled_NN)
+    allowed = rounding_level(n, eps) * max(largest, -most_negative)
+    if most_negative < -allowed or not (largest == 0.0 or _is_definite(scaled_NN, allowed)):
+        raise IndefiniteError(
+            f"eigenvalue {min(most_negative, -allowed) * unit:.3g} or less is negative beyond rounding, "
+            f"which explains {-allowed * unit:.3g} beside the largest, {largest * unit:.3g}; "
+            f"statistics are sums of G G^T, so look at how these were made"
+        )
+    mean_1 = np.array([max(float(np.trace(scaled_NN)) / n, 0.0)])
+    level = float(conditioning.level(np.array([largest]), mean_1, np.array([exponent]))[0])
+    ridge, residual, bound = level, np.inf, 0.0
+    for retry in range(retries + 1):
+        ridge = escalated(level, largest, n, retry)
+        if largest + ridge == 0.0 or not _is_definite(scaled_NN, ridge):
+            continue
+        conditioned_NN = scaled_NN.copy()
+        conditioned_NN[np.diag_indices(n)] += ridge
+        unit_root_NN, iterations = coupled_newton(conditioned_NN, order.numerator, largest + ridge)
+        if not np.isfinite(unit_root_NN).all():
+            continue
+        root_NN = np.linalg.matrix_power(unit_root_NN, order.denominator)
+        root_NN = (root_NN + root_NN.T) * 0.5
+        with np.errstate(divide="ignore", over="ignore"):
+            smallest = float(np.float64(largest_eigenvalue(unit_root_NN)) ** -order.numerator)
+            condition_1 = np.array([max((largest + ridge) / smallest, 1.0)])
+        bound = float(default_bound(n, condition_1, order)[0]) if residual_bound is None else residual_bound
+        start_1NK = probes(n)[None]
+        residual = float(residuals(conditioned_NN.__matmul__, root_NN.__matmul__, order, start_1NK)[0])
+        if residual <= bound:
+            return Solution(
+                root_NN,
+                iterations,
+                smallest - ridge,
+                largest,
+                float(condition_1[0]),
+                ridge,
+                n,
+                residual,
+                bound,
+                retry,
+            )
+    raise ResidualError(failure("ridge", ridge * unit, residual, bound, retries))
+
+
+def _is_definite(matrix_NN: Floats, shift: float) -> bool:
+    """Whether A + shift I has a Cholesky factor."""
+    shifted_NN = matrix_NN.copy()
+    shifted_NN[np.diag_indices(len(shifted_NN))] += shift
+    return int(lapack.dpotrf(shifted_NN.T, lower=1, overwrite_a=1, clean=0)[1]) == 0
