@@ -1,0 +1,169 @@
+"""Checkpoints: complete, loadable without pickle, bit-exact, with keys that never change."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
+
+SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=5, max_staleness=20)
+
+
+def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    optimizer = Shampoo(
+        model.named_parameters(),
+        lr=1e-2,
+        momentum=momentum,
+        weight_decay=0.01,
+        blocking=BlockingConfig(block_size=block_size),
+        staleness=staleness,
+        service=LocalExchange(delay),
+    )
+    return model, optimizer
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 5, generator=generator).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 10, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scheduled_run_resumes_bit_for_bit(stop, dtype):
+    model, optimizer = setup(dtype=dtype)
+    train(model, optimizer, range(30))
+
+    first_model, first = setup(dtype=dtype)
+    train(first_model, first, range(stop))
+    saved = through_a_file({"model": first_model.state_dict(), "optimizer": first.state_dict()})
+
+    second_model, second = setup(dtype=dtype)
+    second_model.load_state_dict(saved["model"])
+    second.load_state_dict(saved["optimizer"])
+    train(second_model, second, range(stop, 30))
+    for a, b in zip(model.parameters(), second_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert second.metrics()["waits"] == 0
+
+
+def test_a_resumed_run_opens_a_newer_epoch():
+    model, optimizer = setup()
+    train(model, optimizer, range(5))
+    saved = optimizer.state_dict()
+    _, resumed = setup()
+    resumed.load_state_dict(saved)
+    assert resumed.metrics()["epoch"] > optimizer.metrics()["epoch"]
+    epoch = optimizer.metrics()["epoch"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.metrics()["epoch"] > epoch, "also in the same process"
+
+
+def test_the_keys_never_change():
+    model, optimizer = setup(block_size=16)
+    train(model, optimizer, range(12))
+    state = optimizer.state_dict()
+    assert set(state) == {"state", "param_groups"}
+    assert set(state["state"][0]) == {
+        "step",
+        "exp_avg",
+        "second_moment",
+        "momentum_buffer",
+        "block.0.updates",
+        "block.0.version",
+        "block.0.last_snapshot",
+        "block.0.statistics.0",
+        "block.0.statistics.1",
+        "block.0.preconditioner.0",
+        "block.0.preconditioner.1",
+        *(k for k in state["state"][0] if k.startswith("block.0.in_flight.")),
+    }
+    in_flight = [k for k in state["state"][0] if "in_flight" in k]
+    assert in_flight
+    assert all(k.split(".")[3].isdigit() and k.split(".")[4] in "01" for k in in_flight)
+    assert set(state["param_groups"][0]) == {
+        "params",
+        "param_names",
+        "lr",
+        "beta1",
+        "momentum",
+        "dampening",
+        "nesterov",
+        "weight_decay",
+        "decoupled_weight_decay",
+        "maximize",
+        "preconditioner_format",
+        "preconditioner_step",
+        "preconditioner_epoch",
+    }
+    assert state["param_groups"][0]["preconditioner_format"] == 1
+
+
+def test_a_saved_state_does_not_change_with_training():
+    model, optimizer = setup()
+    train(model, optimizer, range(8))
+    state = optimizer.state_dict()
+    kept = {
+        k: v.clone() for k, v in state["state"][0].items() if k.startswith("block") and torch.is_tensor(v)
+    }
+    train(model, optimizer, range(8, 16))
+    for key, value in kept.items():
+        assert torch.equal(state["state"][0][key], value)
+
+
+def test_a_parameter_that_had_no_gradient_yet_is_fine():
+    model, optimizer = setup(staleness=StalenessConfig(refresh_every=2, max_staleness=9))
+    frozen = model[2].weight
+    for step in range(5):
+        train(model, optimizer, [step])
+        frozen.grad = None
+    _, other = setup()
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    untouched, fresh = setup()
+    fresh.load_state_dict(through_a_file(setup()[1].state_dict()))
+    train(untouched, fresh, range(3))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s["param_groups"][0].update(preconditioner_format=99), "preconditioner_format 99"),
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(2, 2)), r"0\.weight: exp_avg has shape \(2, 2\)"),
+        (lambda s: s["state"][0].update(surprise=torch.zeros(1)), r"0\.weight: .* unknown key 'surprise'"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "groups of"),
+        (lambda s: s["param_groups"][0].pop("preconditioner_format"), "another\\s+optimizer"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(spoil, message):
+    model, optimizer = setup()
+    train(model, optimizer, range(6))
+    state = through_a_file(optimizer.state_dict())
+    spoil(state)
+    _, other = setup()
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert other.metrics()["step"] == 0
+
+
+def test_another_cut_into_blocks_is_refused_by_name():
+    model, optimizer = setup(block_size=4)
+    train(model, optimizer, range(6))
+    _, other = setup(block_size=16)
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        other.load_state_dict(optimizer.state_dict())
