@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 from scipy.linalg import blas
 
-from . import spectrum
+from . import refinement, spectrum
 from .conditioning import Conditioning, Floats, condition
 from .errors import IndefiniteError, ResidualError, RootError
 from .inputs import Prepared, rounding_level
@@ -121,10 +121,17 @@ class _Attempt:
         for i in range(count):
             blas.dsyrk(1.0, factor_BNN[i].T, c=self.root_BNN[i].T, lower=1, overwrite_c=1)
         mirror_upper(self.root_BNN)
+        ridge_B = np.zeros(count) if truncates else level_B
+        exponent = -1.0 / float(order)
+        chosen_B = refinement.worthwhile(n, self.condition_B, exponent)
+        if chosen_B.any():
+            self.root_BNN[chosen_B] = refinement.refined(
+                scaled_BNN[chosen_B], vectors_BNN[chosen_B], kept_BN[chosen_B], ridge_B[chosen_B], exponent
+            )
 
         clipped_BN1 = np.minimum(values_BN, 0.0)[:, :, None]
         clips = bool(clipped_BN1.any())
-        ridge_B11 = np.zeros((count, 1, 1)) if truncates else level_B[:, None, None]
+        ridge_B11 = ridge_B[:, None, None]
         transposed_BNN = vectors_BNN.transpose(0, 2, 1)
 
         def apply_b(v_BNK: Floats) -> Floats:
