@@ -1,0 +1,99 @@
+"""``preconditioner-service serve`` and ``preconditioner-service bench``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_USAGE = """\
+usage: preconditioner-service COMMAND [OPTIONS]
+
+commands:
+  serve   compute preconditioners for training jobs: a gRPC server before a pool of Ray actors
+  bench   measure this machine's roots
+
+'preconditioner-service COMMAND --help' lists the options of a command.
+"""
+
+_NEEDED = ("pydantic_settings", "grpc_health", "ray", "scipy", "threadpoolctl")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 2 for wrong arguments, 1 for what failed later."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "bench": _bench}
+    if command in ("-h", "--help"):
+        sys.stdout.write(_USAGE)
+        return 0
+    if command not in commands:
+        sys.stderr.write(_USAGE)
+        sys.stderr.write(f"\nerror: unknown command {command!r}\n" if command else "\nerror: no command\n")
+        return 2
+    return commands[command](rest)
+
+
+def _serve(arguments: list[str]) -> int:
+    if (missing := _missing()) is not None:
+        return _refuse(missing, 1)
+    from pydantic import ValidationError
+    from pydantic_settings import CliApp, SettingsError
+
+    from preconditioner_service.settings import ServeSettings
+
+    try:
+        settings = CliApp.run(ServeSettings, cli_args=arguments)
+        settings.read_token()
+    except ValidationError as error:
+        return _refuse(_explain(error), 2)
+    except SettingsError as error:
+        return _refuse(str(error), 2)
+    from preconditioner_service import serve
+
+    return serve.run(settings, serve.claim_stdout())
+
+
+def _bench(arguments: list[str]) -> int:
+    from pydantic_settings import CliApp
+
+    from preconditioner_service.bench import Bench
+
+    CliApp.run(Bench, cli_args=arguments)
+    return 0
+
+
+def _missing() -> str | None:
+    for name in _NEEDED:
+        try:
+            found = importlib.util.find_spec(name)
+        except ImportError:
+            found = None
+        if found is None:
+            return f"{name} is not installed; the service needs: pip install 'async-preconditioner[service]'"
+    return None
+
+
+def _refuse(reason: str, status: int) -> int:
+    """Say why to people on stderr, and to a program on stdout."""
+    import json
+
+    sys.stderr.write(f"preconditioner-service serve: {reason}\n")
+    sys.stdout.write(json.dumps({"event": "failed", "reason": reason}) + "\n")
+    sys.stdout.flush()
+    return status
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence per mistake, without the values, which may be secret."""
+    sentences = []
+    for mistake in error.errors(include_url=False, include_input=False, include_context=False):
+        name = ".".join(str(part) for part in mistake["loc"])
+        text = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "extra_forbidden":
+            text = "unknown setting"
+        sentences.append(f"{name}: {text}" if name else text)
+    return "; ".join(sentences)

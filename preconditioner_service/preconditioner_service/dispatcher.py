@@ -1,0 +1,172 @@
+"""From waiting snapshots to published preconditioners: hands the scheduler's batches to the pool.
+
+Idempotent by construction: a snapshot is named by (session, block, step), a lost batch's snapshots wait again
+unless newer ones took their place, and a result whose session is gone is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from preconditioner_protos import PackedBlock
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.board import Session
+from preconditioner_service.compute import RootOutcome, RootTask
+from preconditioner_service.costs import CostModel
+from preconditioner_service.logs import event
+from preconditioner_service.pool import BatchLostError, Worker
+from preconditioner_service.scheduler import Batch, BatchLimits, Scheduler
+
+LOSS_BUDGET = 3
+"""Workers that may die in a row on a block before its snapshot is given up."""
+
+
+class Pool(Protocol):
+    """What is needed of :class:`preconditioner_service.pool.RayPool`."""
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """All of them, alive or not."""
+
+    def run(
+        self, worker: Worker, tasks: Sequence[RootTask], seconds: float
+    ) -> Coroutine[Any, Any, list[RootOutcome]]:
+        """Compute, or raise ``BatchLostError``."""
+
+
+class Dispatcher:
+    """Keeps every free worker busy while snapshots wait."""
+
+    def __init__(self, limits: BatchLimits | None = None) -> None:
+        self._costs = CostModel()
+        self._scheduler: Scheduler[Session] = Scheduler(self._costs.estimate, limits)
+        self._pool: Pool | None = None
+        self._running: set[asyncio.Task[None]] = set()
+
+    def use(self, pool: Pool) -> None:
+        """Set the pool, before any snapshot comes."""
+        self._pool = pool
+
+    def open(self, session: Session) -> None:
+        """A session may hand in snapshots from now on."""
+        self._scheduler.open(session, session.job.name, session.max_staleness)
+
+    def close(self, session: Session) -> None:
+        """Drop what waits of a session."""
+        self._scheduler.close(session, session.job.name)
+
+    def kick(self) -> None:
+        """Hand out work to free workers; call whenever one became free or work came in."""
+        if self._pool is None:
+            return
+        while (worker := _least_busy(self._pool.workers)) is not None:
+            batch = self._scheduler.next_batch()
+            if batch is None:
+                return
+            self._start(worker, batch)
+
+    def enqueue(self, session: Session, index: int) -> None:
+        """A block of the session may have a waiting snapshot; :meth:`kick` once all such are told."""
+        if session.closed:
+            return
+        block = session.blocks[index]
+        if block.computing is None and block.waiting:
+            self._scheduler.push(
+                session,
+                index,
+                lengths=block.sides,
+                nbytes=session.statistics.block_bytes(index),
+                version=block.version,
+                newest_step=session.newest_step,
+                alone=block.losses > 0,
+            )
+
+    def _start(self, worker: Worker, batch: Batch[Session]) -> None:
+        work = [
+            (session, snapshot)
+            for session, index in batch.blocks
+            if (snapshot := session.begin(index)) is not None
+        ]
+        if not work or self._pool is None:
+            return
+        running = self._pool.run(worker, [_task(*item) for item in work], batch.seconds)
+        task = asyncio.get_running_loop().create_task(self._finish(running, work))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _finish(
+        self, running: Awaitable[list[RootOutcome]], work: list[tuple[Session, PackedBlock]]
+    ) -> None:
+        try:
+            outcomes = await running
+        except BatchLostError as error:
+            for session, snapshot in work:
+                self._lost(session, snapshot, error)
+        else:
+            for (session, snapshot), outcome in zip(work, outcomes, strict=True):
+                self._settle(session, snapshot, outcome)
+        for session, snapshot in work:
+            self.enqueue(session, snapshot.block)
+        self.kick()
+
+    def _settle(self, session: Session, snapshot: PackedBlock, outcome: RootOutcome) -> None:
+        if session.closed:
+            return
+        for length, seconds in zip(session.statistics.sides[snapshot.block], outcome.seconds, strict=True):
+            self._costs.observe(length, seconds)
+        if outcome.sides is not None:
+            session.publish(PackedBlock(snapshot.block, snapshot.step, outcome.sides))
+        else:
+            self._fail(session, snapshot, outcome.reason, outcome.detail)
+
+    def _lost(self, session: Session, snapshot: PackedBlock, error: BatchLostError) -> None:
+        if session.closed:
+            return
+        block = session.blocks[snapshot.block]
+        if error.computing:
+            block.losses += 1
+        if block.losses >= LOSS_BUDGET:
+            detail = f"{LOSS_BUDGET} workers in a row were lost on this block: {error}"
+            self._fail(session, snapshot, pb.NACK_REASON_WORKER_LOST, detail)
+        else:
+            session.requeue(snapshot.block)
+
+    def _fail(self, session: Session, snapshot: PackedBlock, reason: pb.NackReason, detail: str) -> None:
+        event(
+            logging.WARNING,
+            "nack",
+            job=session.job.name,
+            rank=session.rank,
+            epoch=session.epoch,
+            block=snapshot.block,
+            step=snapshot.step,
+            reason=pb.NackReason.Name(reason),
+            detail=detail,
+        )
+        session.fail(snapshot.block, snapshot.step, reason, detail)
+
+    async def stop(self) -> None:
+        """Give up what is being computed."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+
+def _least_busy(workers: Sequence[Worker]) -> Worker | None:
+    free = [worker for worker in workers if worker.free]
+    return min(free, key=lambda worker: len(worker.batches), default=None)
+
+
+def _task(session: Session, snapshot: PackedBlock) -> RootTask:
+    block = session.blocks[snapshot.block]
+    return RootTask(
+        lengths=block.sides,
+        root_orders=block.root_orders,
+        ridge_kind=block.ridge.kind,
+        ridge_value=block.ridge.value,
+        dtype=session.preconditioners.dtype.str,
+        sides=snapshot.sides,
+    )

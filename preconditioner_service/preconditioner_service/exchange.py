@@ -1,0 +1,259 @@
+"""One Exchange stream: reads snapshots, pushes preconditioners, both at all times.
+
+What may pile up is bounded without trusting the trainer: whole snapshots go to the board, where the newest
+win; preconditioners stay on the board until there is credit; and answers that the trainer does not read stop
+the reading of its snapshots at :data:`_MOST_ANSWERS`. A trainer that reads, as it must, never meets that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from preconditioner_protos import Assembler, PackedBlock, Refusal, chunk_messages
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.board import Session
+from preconditioner_service.dispatcher import Dispatcher
+from preconditioner_service.logs import event
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_MOST_ANSWERS = 65536
+"""Receipts and Nacks that wait to be written."""
+
+_RECEIPT_BYTES, _NACK_BYTES = 32, 2304
+"""The largest that one of them can be in a message."""
+
+_CHUNKS_AT_A_TIME = 256
+"""After as many, other streams have their turn: a message may hold a hundred thousand tiny ones."""
+
+_LAST_WORDS = 5.0
+"""Seconds to write the last answers after the trainer half-closed its stream."""
+
+_MOST_DETAIL = 500
+"""Characters of a Nack's text."""
+
+
+class EndOfStream(Exception):
+    """The service ends the stream with this status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+
+
+class ExchangeStream:
+    """The service's end of one attached stream. It is the board's ``Stream`` of its session.
+
+    Args:
+        session: what it is attached to.
+        context: gRPC's; Attach was read from it and Attached written.
+        credit_bytes: packed preconditioners that may be unanswered.
+        max_message_bytes: of one message.
+        dispatcher: told of every accepted snapshot.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        context: Context,
+        dispatcher: Dispatcher,
+        *,
+        credit_bytes: int,
+        max_message_bytes: int,
+    ) -> None:
+        self._session = session
+        self._context = context
+        self._dispatcher = dispatcher
+        self._credit_bytes = credit_bytes
+        self._max_message_bytes = max_message_bytes
+        self._assembler = Assembler(session.statistics)
+        self._receipts: list[pb.Receipt] = []
+        self._nacks: list[pb.Nack] = []
+        self._drain: pb.Drain | None = None
+        self._sent: dict[tuple[int, int], int] = {}
+        self._sent_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._end: asyncio.Future[EndOfStream] = asyncio.get_running_loop().create_future()
+
+    # The board's side, and the service's.
+
+    def wake(self) -> None:
+        """There is something to push."""
+        self._wake.set()
+
+    def nack(self, nack: pb.Nack) -> None:
+        """Send this Nack, its text cut to what is sensible."""
+        nack.detail = nack.detail[:_MOST_DETAIL]
+        self._nacks.append(nack)
+        self._wake.set()
+
+    def drain(self, grace_seconds: float) -> None:
+        """Tell the trainer that the service is going to stop."""
+        self._drain = pb.Drain(grace_seconds=grace_seconds)
+        self._wake.set()
+
+    def end(self, why: str) -> None:
+        """End with ABORTED: superseded."""
+        self.end_with(grpc.StatusCode.ABORTED, why)
+
+    def end_with(self, code: grpc.StatusCode, details: str) -> None:
+        """End with this status; the first call counts."""
+        if not self._end.done():
+            self._end.set_result(EndOfStream(code, details))
+
+    @property
+    def unanswered(self) -> int:
+        """Preconditioners that were sent and not receipted."""
+        return len(self._sent)
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether answers wait to be written."""
+        return bool(self._receipts or self._nacks or self._drain)
+
+    # The stream.
+
+    async def run(self) -> None:
+        """Read and write until the trainer half-closes its side.
+
+        Raises:
+            EndOfStream: the service ends it.
+            grpc.RpcError, asyncio.CancelledError: the connection broke.
+        """
+        reading = asyncio.create_task(self._read())
+        writing = asyncio.create_task(self._write())
+        events: set[asyncio.Future[Any]] = {reading, writing, self._end}
+        try:
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            if self._end.done():
+                raise self._end.result()
+            if writing.done():
+                await writing  # it ends by an error only
+            await reading
+            # Half-closed. Whoever is interrupted in a write must not be followed by another, so the writer
+            # itself says the last words.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._quiet(writing), _LAST_WORDS)
+        finally:
+            for task in (reading, writing):
+                task.cancel()
+            await asyncio.gather(reading, writing, return_exceptions=True)
+
+    async def _quiet(self, writing: asyncio.Task[None]) -> None:
+        while self.unsaid and not writing.done():
+            self._room.clear()
+            self._wake.set()
+            await self._room.wait()
+
+    async def _read(self) -> None:
+        while (message := await self._context.read()) is not grpc.aio.EOF:
+            kind = message.WhichOneof("kind")
+            if kind == "chunks":
+                await self._take(message.chunks)
+            elif kind == "receipts":
+                for receipt in message.receipts.receipts:
+                    self._receipted(receipt.block, receipt.step)
+            elif kind == "attach":
+                raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "attach: a second one on this stream")
+            else:
+                raise EndOfStream(
+                    grpc.StatusCode.INVALID_ARGUMENT, "kind: the message carries none that is known"
+                )
+            while len(self._receipts) + len(self._nacks) > _MOST_ANSWERS:
+                self._room.clear()
+                await self._room.wait()
+
+    async def _take(self, chunks: pb.Chunks) -> None:
+        for number, chunk in enumerate(chunks.chunks):
+            if number and number % _CHUNKS_AT_A_TIME == 0:
+                self._dispatcher.kick()
+                await asyncio.sleep(0)
+            if self._session.closed:
+                return
+            for outcome in self._assembler.add(chunk):
+                self._arrived(outcome)
+        # Once a message, so that its small blocks can share a batch.
+        self._dispatcher.kick()
+
+    def _arrived(self, outcome: PackedBlock | Refusal) -> None:
+        session = self._session
+        if isinstance(outcome, Refusal):
+            self._refuse(outcome.block, outcome.step, outcome.reason, outcome.detail)
+        elif session.accept(outcome):
+            self._receipts.append(pb.Receipt(block=outcome.block, step=outcome.step))
+            self._wake.set()
+            self._dispatcher.enqueue(session, outcome.block)
+        else:
+            newest = session.blocks[outcome.block].newest
+            detail = f"step {outcome.step} is not newer than step {newest}"
+            self._refuse(outcome.block, outcome.step, pb.NACK_REASON_OUTDATED, detail)
+
+    def _refuse(self, block: int, step: int, reason: pb.NackReason, detail: str) -> None:
+        session = self._session
+        session.job.counters.nacks += 1
+        # A trainer that has come back offers what was accepted before: that is no event for an operator.
+        level = logging.DEBUG if reason == pb.NACK_REASON_OUTDATED else logging.WARNING
+        event(
+            level,
+            "nack",
+            job=session.job.name,
+            rank=session.rank,
+            epoch=session.epoch,
+            block=block,
+            step=step,
+            reason=pb.NackReason.Name(reason),
+            detail=detail,
+        )
+        self.nack(pb.Nack(block=block, step=step, reason=reason, detail=detail, on_arrival=True))
+
+    def _receipted(self, block: int, step: int) -> None:
+        nbytes = self._sent.pop((block, step), None)
+        if nbytes is None:
+            return  # never sent here, or receipted before: gives no credit
+        self._sent_bytes -= nbytes
+        self._session.receipt(block, step)
+        self._wake.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._say()
+            for chunks in chunk_messages(self._pushes(), self._max_message_bytes):
+                await self._context.write(pb.ServiceMessage(chunks=chunks))
+                await self._say()
+
+    async def _say(self) -> None:
+        """Write answers, which need no credit."""
+        while self.unsaid:
+            if self._drain is not None:
+                drain, self._drain = self._drain, None
+                await self._context.write(pb.ServiceMessage(drain=drain))
+            if self._receipts:
+                many = self._max_message_bytes // _RECEIPT_BYTES
+                receipts, self._receipts = self._receipts[:many], self._receipts[many:]
+                await self._context.write(pb.ServiceMessage(receipts=pb.Receipts(receipts=receipts)))
+            if self._nacks:
+                many = self._max_message_bytes // _NACK_BYTES
+                nacks, self._nacks = self._nacks[:many], self._nacks[many:]
+                await self._context.write(pb.ServiceMessage(nacks=pb.Nacks(nacks=nacks)))
+        self._room.set()
+
+    def _pushes(self) -> Iterator[PackedBlock]:
+        """Preconditioners while there is credit, each taken from the board when its turn has come."""
+        session = self._session
+        while not session.closed and session.stream is self and (item := session.next_unsent()) is not None:
+            if self._sent and self._sent_bytes + item.nbytes > self._credit_bytes:
+                return  # a receipt wakes the writer
+            session.take_unsent()
+            self._sent[item.block, item.step] = item.nbytes
+            self._sent_bytes += item.nbytes
+            yield item

@@ -1,0 +1,59 @@
+"""Logging of the service: one line per event, to stderr, since stdout carries the ready line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+LOGGER = logging.getLogger("preconditioner_service")
+
+
+def event(level: int, name: str, **fields: Any) -> None:
+    """Log one event: its name and ``key=value`` pairs. Never hand secrets to it."""
+    LOGGER.log(level, name, extra={"fields": fields})
+
+
+def set_up(level: str, log_format: str) -> None:
+    """Send this package's events to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if log_format == "json" else _Text())
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(level.upper())
+    LOGGER.propagate = False
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return getattr(record, "fields", {})
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    plain = text.isprintable() and not any(character in text for character in ' "=\\')
+    return text if text and plain else json.dumps(text)
+
+
+class _Text(logging.Formatter):
+    """``TIME LEVEL event key=value ...``; values from the wire cannot forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        pairs = "".join(f" {key}={_quoted(value)}" for key, value in _fields(record).items())
+        text = f"{_stamp(record)} {record.levelname} {record.getMessage()}{pairs}"
+        return text + "\n" + self.formatException(record.exc_info) if record.exc_info else text
+
+
+class _Json(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": _stamp(record), "level": record.levelname.lower(), "event": record.getMessage()}
+        entry.update({key: str(value) for key, value in _fields(record).items() if key not in entry})
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)

@@ -1,0 +1,312 @@
+"""The pool of Ray actors that compute roots.
+
+Placement, restarts and spreading over hosts are Ray's. What is added here: at most two batches per actor (one
+computing, and one queued where the first is short, so that the call's latency is hidden), a deadline for each
+batch, and the news of which batch an actor died on.
+
+Calls into Ray may block for milliseconds (large arguments are copied into shared memory), so one thread of
+their own makes all of them, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from preconditioner_service.compute import RootOutcome, RootTask, compute
+from preconditioner_service.local_ray import TemporaryDirectory, private_environment
+from preconditioner_service.logs import event
+
+T = TypeVar("T")
+
+_HIDES_LATENCY = 0.05
+"""Seconds of estimated work up to which an actor takes a second batch behind the first. Behind longer ones
+the time of a call does not matter, and a batch that is chosen later holds newer snapshots."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+"""Seconds between attempts to reach an actor that is being restarted."""
+
+_PING_TIMEOUT = 30.0
+_INLINE_COPY = 256 * 1024
+
+
+class PoolError(Exception):
+    """The pool cannot start; the text names the way out."""
+
+
+class BatchLostError(Exception):
+    """No result will come: the actor died, or did not answer in time.
+
+    Attributes:
+        computing: whether the actor worked on this batch then, rather than have it queued.
+    """
+
+    def __init__(self, why: str, computing: bool) -> None:
+        super().__init__(why)
+        self.computing = computing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """How the pool is made; see :class:`preconditioner_service.settings.ServeSettings`."""
+
+    num_workers: int
+    ray_address: str | None = None
+    cpus_per_worker: int = 1
+    worker_memory_bytes: int | None = None
+    worker_nice: int = 0
+    object_store_bytes: int = 256 * 1024 * 1024
+    start_timeout: float = 60.0
+
+
+class RootWorker:
+    """The actor. Its methods run one at a time."""
+
+    def __init__(self, threads: int, nice: int) -> None:
+        from preconditioner_service.roots import threads as bind
+
+        bind(threads)
+        if nice:
+            os.nice(nice)
+        # The first decomposition of a process loads and tunes; better now than in a trainer's batch.
+        identity = np.ones(1, dtype=np.float32)
+        compute([RootTask((1,), (4.0,), 1, 1e-6, "<f4", (identity,))])
+
+    def ping(self) -> int:
+        """The process id, as a sign of life."""
+        return os.getpid()
+
+    def compute(self, tasks: list[RootTask]) -> list[RootOutcome]:
+        """See :func:`preconditioner_service.compute.compute`."""
+        return compute(tasks)
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor as the pool sees it."""
+
+    number: int
+    actor: Any
+    alive: bool = False
+    pid: int = 0
+    batches: deque[_Run] = field(default_factory=deque)
+
+    @property
+    def free(self) -> bool:
+        """Whether it takes a batch now."""
+        if not self.alive or len(self.batches) >= 2:
+            return False
+        return not self.batches or self.batches[0].seconds <= _HIDES_LATENCY
+
+
+@dataclass(eq=False)
+class _Run:
+    seconds: float
+    blamed: bool = False
+
+
+class RayPool:
+    """Starts, watches and ends the actors.
+
+    Args:
+        settings: how many, where.
+        changed: called when a worker came to life, so that it can be given work.
+    """
+
+    def __init__(self, settings: PoolSettings, changed: Callable[[], None]) -> None:
+        self._settings = settings
+        self._changed = changed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._ray: Any = None
+        self._directory: TemporaryDirectory | None = None
+        self.workers: list[Worker] = []
+        self._make_actor: Callable[[], Any]
+        self._revivals: set[asyncio.Task[None]] = set()
+        self._last_error = ""
+
+    @property
+    def alive(self) -> int:
+        """Actors that answer."""
+        return sum(worker.alive for worker in self.workers)
+
+    async def start(self) -> None:
+        """Start or join Ray, make the actors, and wait for the first of them.
+
+        Raises:
+            PoolError: Ray did not start, could not be joined, or has no room for an actor.
+        """
+        await self._call(self._start_ray)
+        first = asyncio.get_running_loop().create_future()
+        for worker in self.workers:
+            self._revive(worker, first)
+        try:
+            await asyncio.wait_for(first, self._settings.start_timeout)
+        except asyncio.TimeoutError:
+            raise PoolError(await self._call(self._no_room)) from None
+
+    def run(
+        self, worker: Worker, tasks: Sequence[RootTask], seconds: float
+    ) -> Coroutine[Any, Any, list[RootOutcome]]:
+        """Have a free worker compute a batch. Its place is taken at once; the work begins when awaited.
+
+        Args:
+            worker: its ``free`` is true.
+            tasks: the batch.
+            seconds: what it is estimated to take.
+
+        Raises:
+            BatchLostError: no result will come (when awaited).
+        """
+        run = _Run(seconds)
+        worker.batches.append(run)
+        return self._run(worker, run, tasks)
+
+    async def _run(self, worker: Worker, run: _Run, tasks: Sequence[RootTask]) -> list[RootOutcome]:
+        allowed = deadline(sum(batch.seconds for batch in worker.batches))
+        try:
+            future = await self._call(lambda: worker.actor.compute.remote(list(tasks)).future())
+            outcomes: list[RootOutcome] = await asyncio.wait_for(asyncio.wrap_future(future), allowed)
+            return await self._own(outcomes)
+        except asyncio.TimeoutError:
+            self._lost(worker, f"no answer within {allowed:.0f} s", kill=True)
+            raise BatchLostError(f"no answer within {allowed:.0f} s", run.blamed) from None
+        except self._ray.exceptions.RayTaskError as error:
+            # The actor lives; the computation itself raised, as for want of memory.
+            raise BatchLostError(str(error).strip().rpartition("\n")[2], computing=True) from None
+        except self._ray.exceptions.RayError as error:
+            self._lost(worker, type(error).__name__)
+            raise BatchLostError(type(error).__name__, run.blamed) from None
+        finally:
+            worker.batches.remove(run)
+
+    async def stop(self) -> None:
+        """End the actors, and Ray if it is a private one."""
+        for task in self._revivals:
+            task.cancel()
+        if self._ray is not None:
+            with contextlib.suppress(Exception):  # it may have died before us; nothing is left to do then
+                await self._call(self._end_ray)
+        if self._directory is not None:
+            self._directory.remove()
+        self._thread.shutdown(wait=False)
+
+    # In Ray's thread.
+
+    def _start_ray(self) -> None:
+        settings = self._settings
+        options: dict[str, Any]
+        if settings.ray_address is None:
+            private_environment(os.environ)
+            self._directory = TemporaryDirectory()
+            options = {
+                "address": "local",
+                "num_cpus": settings.num_workers * settings.cpus_per_worker,
+                "num_gpus": 0,
+                "object_store_memory": settings.object_store_bytes,
+                "include_dashboard": False,
+                "_temp_dir": str(self._directory.path),
+            }
+        else:
+            options = {"address": settings.ray_address}
+        import ray  # after the environment is set, which it reads when imported
+
+        # Before Ray is initialised, or it complains of not being in the main thread, where signals are ours.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            where = "a private Ray" if settings.ray_address is None else f"Ray at {settings.ray_address}"
+            verb = "started" if settings.ray_address is None else "joined"
+            raise PoolError(f"{where} could not be {verb}: {error}") from error
+        self._ray = ray
+        resources: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
+        if settings.worker_memory_bytes is not None:
+            resources["memory"] = settings.worker_memory_bytes
+        remote = ray.remote(RootWorker).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
+        self._make_actor = lambda: remote.remote(settings.cpus_per_worker, settings.worker_nice)
+        self.workers = [Worker(number, self._make_actor()) for number in range(settings.num_workers)]
+
+    def _end_ray(self) -> None:
+        # Actors of a cluster end with their driver; said explicitly, they end at once.
+        for worker in self.workers:
+            self._ray.kill(worker.actor, no_restart=True)
+        self._ray.shutdown()
+
+    def _no_room(self) -> str:
+        cpus = self._ray.cluster_resources().get("CPU", 0)
+        free = self._ray.available_resources().get("CPU", 0)
+        return (
+            f"no worker started within {self._settings.start_timeout:.0f} s: each needs "
+            f"{self._settings.cpus_per_worker} CPUs, and of Ray's {cpus:.0f} CPUs {free:.0f} are free; lower "
+            f"--cpus-per-worker, or make room{self._last_error and '; last error: ' + self._last_error}"
+        )
+
+    # In the event loop.
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def _own(self, outcomes: list[RootOutcome]) -> list[RootOutcome]:
+        """Copies of the arrays: they are views of shared memory and would hold all of the batch there."""
+
+        def copy() -> list[RootOutcome]:
+            return [
+                outcome
+                if outcome.sides is None
+                else RootOutcome(tuple(side.copy() for side in outcome.sides), outcome.seconds)
+                for outcome in outcomes
+            ]
+
+        nbytes = sum(side.nbytes for outcome in outcomes for side in outcome.sides or ())
+        return copy() if nbytes <= _INLINE_COPY else await self._call(copy)
+
+    def _lost(self, worker: Worker, why: str, *, kill: bool = False) -> None:
+        if not worker.alive:
+            return  # told already, by the batch before or behind
+        worker.alive = False
+        worker.batches[0].blamed = True
+        event(logging.WARNING, "worker lost", worker=worker.number, pid=worker.pid, why=why)
+        self._revive(worker, kill=kill)
+
+    def _revive(
+        self, worker: Worker, first: asyncio.Future[None] | None = None, *, kill: bool = False
+    ) -> None:
+        task = asyncio.get_running_loop().create_task(self._until_alive(worker, first, kill))
+        self._revivals.add(task)
+        task.add_done_callback(self._revivals.discard)
+
+    async def _until_alive(self, worker: Worker, first: asyncio.Future[None] | None, kill: bool) -> None:
+        if kill:
+            await self._call(lambda: self._ray.kill(worker.actor, no_restart=False))
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                future: Future[int] = await self._call(lambda: worker.actor.ping.remote().future())
+                worker.pid = await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
+                break
+            except (self._ray.exceptions.RayError, asyncio.TimeoutError) as error:
+                self._last_error = str(error) or type(error).__name__
+                if isinstance(error, self._ray.exceptions.ActorDiedError):
+                    # For good, although restarts are unlimited: its constructor failed, or the cluster forgot.
+                    worker.actor = await self._call(self._make_actor)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        worker.alive = True
+        event(logging.INFO, "worker ready", worker=worker.number, pid=worker.pid, alive=self.alive)
+        if first is not None and not first.done():
+            first.set_result(None)
+        self._changed()
+
+
+def deadline(seconds: float) -> float:
+    """Seconds after which a batch with this estimate is given up: wide, as hosts may be shared."""
+    return 60.0 + 20.0 * seconds

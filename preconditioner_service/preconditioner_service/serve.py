@@ -1,0 +1,265 @@
+"""One service from start to stop: pool, gRPC server, ready line, drain.
+
+The one line of JSON on stdout is the contract with whoever started the process::
+
+    {"event": "ready", "address": "127.0.0.1:40123", "pid": 4711}
+    {"event": "failed", "reason": "..."}
+
+Everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TextIO
+
+import grpc
+import grpc.aio
+
+from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
+from preconditioner_service import logs
+from preconditioner_service.auth import BearerToken
+from preconditioner_service.board import Board
+from preconditioner_service.dispatcher import Dispatcher
+from preconditioner_service.logs import event
+from preconditioner_service.parent import ParentWatch
+from preconditioner_service.pool import PoolError, PoolSettings, RayPool
+from preconditioner_service.quotas import Quotas
+from preconditioner_service.server import ExchangeLimits, Health, Service, enable_reflection
+from preconditioner_service.settings import ServeSettings, is_loopback
+
+_STOP_SECONDS = 1.0
+"""For calls that are still open when the streams have ended."""
+
+
+class ServeError(Exception):
+    """The service cannot start; the text names the way out."""
+
+
+def claim_stdout() -> TextIO:
+    """Keep stdout for the ready line: whatever else is written there, as by Ray, goes to stderr."""
+    sys.stdout.flush()
+    line = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return line
+
+
+def announce(out: TextIO, **entry: object) -> None:
+    """Write the one line, for whoever still reads it."""
+    try:
+        out.write(json.dumps(entry) + "\n")
+        out.flush()
+    except OSError:
+        pass
+
+
+def run(settings: ServeSettings, out: TextIO) -> int:
+    """Serve until a signal, or the parent's end, and return the exit status."""
+    logs.set_up(settings.log_level, settings.log_format)
+    try:
+        asyncio.run(_Run(settings, out).main())
+    except (ServeError, PoolError) as error:
+        event(logging.ERROR, "failed", reason=error)
+        announce(out, event="failed", reason=str(error))
+        return 1
+    return 0
+
+
+class _Run:
+    def __init__(self, settings: ServeSettings, out: TextIO) -> None:
+        self._settings = settings
+        self._out = out
+        self._token = settings.read_token()
+        self._stop = asyncio.Event()
+        self._grace = settings.drain_grace
+        self._dispatcher = Dispatcher()
+        self._pool = RayPool(
+            PoolSettings(
+                num_workers=settings.num_workers,
+                ray_address=settings.ray_address,
+                cpus_per_worker=settings.cpus_per_worker,
+                worker_memory_bytes=settings.worker_memory_bytes,
+                worker_nice=settings.worker_nice,
+                object_store_bytes=settings.object_store_bytes,
+            ),
+            self._dispatcher.kick,
+        )
+        self._dispatcher.use(self._pool)
+        self._service = Service(
+            Board(settings.max_total_bytes, settings.session_ttl),
+            self._dispatcher,
+            Quotas(
+                max_blocks=settings.max_blocks,
+                max_side=settings.max_side,
+                max_job_bytes=settings.max_job_bytes,
+            ),
+            ExchangeLimits(
+                max_message_bytes=settings.max_message_bytes,
+                credit_bytes=settings.credit_bytes,
+                session_ttl=settings.session_ttl,
+            ),
+            version=_version(),
+            workers=lambda: self._pool.alive,
+        )
+        self._health = Health()
+
+    async def main(self) -> None:
+        self._watch()
+        self._check_port()
+        stopping = asyncio.create_task(self._stop.wait())
+        # Ray's processes are forked from this one, and gRPC's threads would make that a gamble: Ray first.
+        starting = asyncio.create_task(self._pool.start())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                await starting
+                await self._serve(stopping)
+        finally:
+            stopping.cancel()
+            await asyncio.wait({starting})
+            await self._dispatcher.stop()
+            await self._pool.stop()
+            event(logging.INFO, "stopped")
+
+    async def _serve(self, stopping: asyncio.Task[Any]) -> None:
+        server = self._server()
+        address = self._listen(server)
+        await server.start()
+        await self._health.set(True)
+        expiring = asyncio.create_task(self._service.expire_sessions())
+        try:
+            self._ready(address)
+            await stopping
+            await self._health.set(False)
+            event(logging.INFO, "draining", grace_seconds=self._grace)
+            settled = await self._service.drain(self._grace)
+            event(logging.INFO, "drained", complete=settled)
+        finally:
+            expiring.cancel()
+            await server.stop(_STOP_SECONDS)
+
+    def _ready(self, address: str) -> None:
+        event(logging.INFO, "ready", address=address, workers=self._pool.alive)
+        announce(self._out, event="ready", address=address, pid=os.getpid())
+        if (path := self._settings.ready_file) is not None:
+            _write_whole(path, json.dumps({"event": "ready", "address": address, "pid": os.getpid()}) + "\n")
+
+    def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+        def orphaned(sign: str) -> None:
+            event(logging.WARNING, "parent gone", sign=sign)
+            loop.call_soon_threadsafe(self._hurry)
+
+        if self._settings.parent_pid is not None:
+            ParentWatch(self._settings.parent_pid, orphaned).start()
+
+    def _signalled(self, number: signal.Signals) -> None:
+        event(logging.INFO, "signal", signal=number.name)
+        self._stop.set()
+
+    def _hurry(self) -> None:
+        self._grace = 0.0
+        self._service.end_streams()
+        self._stop.set()
+
+    def _server(self) -> grpc.aio.Server:
+        settings = self._settings
+
+        def refused(method: str) -> None:
+            event(logging.WARNING, "unauthenticated", method=method[:100])
+
+        server = grpc.aio.server(
+            interceptors=[BearerToken(self._token, refused)],
+            maximum_concurrent_rpcs=settings.max_streams,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # Two services must never share a port, and so each other's calls.
+                ("grpc.so_reuseport", 0),
+                # Dead peers are found within half a minute; clients may ping every five seconds.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.max_ping_strikes", 3),
+                ("grpc.max_concurrent_streams", 128),
+                ("grpc.max_metadata_size", 16 * 1024),
+            ],
+        )
+        pb_grpc.add_PreconditionerServiceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
+        self._health.add_to(server)
+        if settings.reflection:
+            enable_reflection(server)
+        return server
+
+    def _check_port(self) -> None:
+        """Find out at once, not after Ray has started, that the port is taken."""
+        host, port = self._settings.host.strip("[]"), self._settings.port
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise self._cannot_listen(error.strerror or str(error)) from None
+
+    def _cannot_listen(self, why: str) -> ServeError:
+        return ServeError(
+            f"cannot listen on {self._settings.host} port {self._settings.port} ({why}); --port 0 takes a free one"
+        )
+
+    def _listen(self, server: grpc.aio.Server) -> str:
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host and "[" not in settings.host else settings.host
+        try:
+            if settings.tls_cert is None:
+                if not is_loopback(settings.host):
+                    event(logging.WARNING, "plaintext", host=settings.host, note="tokens travel readable")
+                port = server.add_insecure_port(f"{host}:{settings.port}")
+            else:
+                port = server.add_secure_port(f"{host}:{settings.port}", _credentials(settings))
+        except RuntimeError as error:
+            raise self._cannot_listen(str(error)) from None
+        return f"{host}:{port}"
+
+
+def _credentials(settings: ServeSettings) -> grpc.ServerCredentials:
+    def read(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ServeError(f"{path}: {error.strerror}") from None
+
+    assert settings.tls_cert is not None  # by the settings' own check
+    assert settings.tls_key is not None
+    roots = None if settings.tls_client_ca is None else read(settings.tls_client_ca)
+    return grpc.ssl_server_credentials(
+        [(read(settings.tls_key), read(settings.tls_cert))],
+        root_certificates=roots,
+        require_client_auth=roots is not None,
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Readers see all of it or nothing."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _version() -> str:
+    try:
+        return version("async-preconditioner")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,222 @@
+"""Settings of ``preconditioner-service serve``.
+
+Precedence: argument, then environment (``PRECONDITIONER_SERVICE_*``), then file (``--config``, TOML), then
+default. Unknown keys are errors everywhere, as a setting with a typing mistake is a setting that is not made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from preconditioner_protos import MAX_MESSAGE_BYTES
+
+ENV_PREFIX = "PRECONDITIONER_SERVICE_"
+MIB = 1024 * 1024
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def physical_memory() -> int:
+    """Bytes of RAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class ServeSettings(BaseSettings):
+    """Compute preconditioners for training jobs: a gRPC server before a pool of Ray actors."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        hide_input_in_errors=True,
+        cli_prog_name="preconditioner-service serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        validate_default=True,
+    )
+
+    config: Path | None = Field(None, description="TOML file with any of these settings")
+
+    # Where trainers connect.
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(0, ge=0, le=65535, description="0 takes any free one; the ready line names it")
+    token: SecretStr | None = Field(
+        None,
+        description=f"bearer token of all calls; prefer {ENV_PREFIX}TOKEN or --token-file to an argument",
+    )
+    token_file: Path | None = Field(None, description="file that holds the token")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain of the server")
+    tls_key: Path | None = Field(None, description="PEM private key of the server")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM roots; clients must show a certificate of theirs"
+    )
+    allow_plaintext: bool = Field(
+        False, description="listen off loopback without TLS: tokens travel readable"
+    )
+    reflection: bool = Field(False, description="gRPC server reflection, for grpcurl and the like")
+
+    # The pool.
+    ray_address: str | None = Field(
+        None, description="existing Ray cluster, host:port or auto; without it a private one is started"
+    )
+    num_workers: int = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        ge=1,
+        description="Ray actors that compute roots",
+    )
+    cpus_per_worker: PositiveInt = Field(1, description="cores of every actor; BLAS is bound to them")
+    worker_memory_bytes: int | None = Field(
+        None, ge=1, description="memory that Ray reserves for every actor, for placement"
+    )
+    worker_nice: int = Field(0, ge=0, le=19, description="niceness of the actors beside a training process")
+    object_store_bytes: int = Field(
+        256 * MIB, ge=80 * MIB, description="shared memory of the private Ray, for batches under way"
+    )
+
+    # Limits.
+    max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=64 * 1024, le=64 * MIB)
+    credit_bytes: int = Field(64 * MIB, ge=MIB, description="packed bytes unanswered per stream, either way")
+    session_ttl: Seconds = Field(60.0, description="seconds that a session outlives its broken stream")
+    drain_grace: Seconds = Field(20.0, description="seconds to finish acknowledged work after SIGTERM")
+    max_blocks: PositiveInt = Field(65536, description="per session")
+    max_side: PositiveInt = Field(8192, description="largest side of a block")
+    max_job_bytes: int = Field(
+        default_factory=lambda: physical_memory() // 4,
+        ge=1,
+        description="statistics and preconditioners of a job",
+    )
+    max_total_bytes: int = Field(
+        default_factory=lambda: physical_memory() // 2, ge=1, description="the same of all jobs"
+    )
+    max_streams: PositiveInt = Field(1024, description="calls at a time, streams among them")
+
+    # Logs and embedding.
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    parent_pid: int | None = Field(
+        None, ge=1, description="stop when this process, which must be the parent, is gone"
+    )
+    ready_file: Path | None = Field(None, description="also write the ready line to this file")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments (put before these by the CLI), environment, file."""
+        return init_settings, _CheckedEnvironment(settings_cls, env_settings), _TomlFile(settings_cls)
+
+    @field_validator("token")
+    @classmethod
+    def _long_enough(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not token.get_secret_value().strip():
+            raise ValueError("is empty")
+        return token
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeSettings:
+        if (self.token is None) == (self.token_file is None):
+            raise ValueError(
+                f"one of token and token_file is needed: set {ENV_PREFIX}TOKEN or give --token-file PATH; "
+                "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes a token"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key are needed together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.tls_cert is None and not self.allow_plaintext and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is not loopback and there is no TLS, so the token would travel readable: "
+                "give --tls-cert and --tls-key, or accept it with --allow-plaintext"
+            )
+        return self
+
+    def read_token(self) -> str:
+        """The token itself.
+
+        Raises:
+            SettingsError: the token file cannot be read or is empty.
+        """
+        if self.token is not None:
+            return self.token.get_secret_value().strip()
+        assert self.token_file is not None  # by _consistent
+        try:
+            token = self.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"token_file {self.token_file}: {error}") from None
+        if not token:
+            raise SettingsError(f"token_file {self.token_file} is empty")
+        return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server on that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class _CheckedEnvironment(PydanticBaseSettingsSource):
+    """The environment, with unknown ``PRECONDITIONER_SERVICE_*`` names refused."""
+
+    def __init__(self, settings_cls: type[BaseSettings], source: PydanticBaseSettingsSource) -> None:
+        super().__init__(settings_cls)
+        self._source = source
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._source.get_field_value(field, field_name)
+
+    def __call__(self) -> dict[str, Any]:
+        known = {ENV_PREFIX + name.upper() for name in self.settings_cls.model_fields}
+        unknown = sorted(
+            name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+        )
+        if unknown:
+            raise SettingsError(f"unknown in the environment: {', '.join(unknown)}")
+        return self._source()
+
+
+class _TomlFile(PydanticBaseSettingsSource):
+    """The file that ``config`` names, which arguments or environment have set."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        return dict(_read_toml(Path(path)))
+
+
+def _read_toml(path: Path) -> Mapping[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
+        except ModuleNotFoundError:
+            raise SettingsError("--config needs Python 3.11, or 'pip install tomli'") from None
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"config {path}: {error}") from None
