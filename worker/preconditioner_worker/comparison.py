@@ -1,0 +1,182 @@
+"""Arithmetic of a comparison: steps and wall time to a common target, and what the steps cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.table import Table
+
+from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult
+
+
+class StepTime(BaseModel):
+    """Milliseconds of a step (forward, backward, optimizer) and of the optimizer alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    median: float
+    p99: float
+    optimizer_median: float
+    optimizer_p99: float
+
+    @classmethod
+    def of(cls, runs: Sequence[RunResult]) -> StepTime:
+        """Over all steps of ``runs``."""
+        steps = np.concatenate([run.steps.seconds for run in runs]) * 1e3
+        optimizer = np.concatenate([run.steps.optimizer_seconds for run in runs]) * 1e3
+        return cls(
+            median=round(float(np.median(steps)), 3),
+            p99=round(float(np.percentile(steps, 99)), 3),
+            optimizer_median=round(float(np.median(optimizer)), 3),
+            optimizer_p99=round(float(np.percentile(optimizer, 99)), 3),
+        )
+
+
+class Row(BaseModel):
+    """One optimizer of a comparison; with several seeds the medians over them.
+
+    A seed that misses the target counts as infinitely slow: with most seeds missing, so is the median, and
+    the fields of the target are None.
+
+    Attributes:
+        label: of the runs.
+        seeds: how many.
+        diverged: how many of them diverged.
+        steps: length of a run.
+        final_loss: held-out, at the end.
+        steps_to_target: first evaluated step at or below the target of the same seed.
+        seconds_to_target: seconds of training up to there.
+        steps_ratio: to the baseline's, seed by seed.
+        wall_ratio: to the baseline's, seed by seed.
+        step_ms: cost of a step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    seeds: int
+    diverged: int
+    steps: int
+    final_loss: float
+    steps_to_target: float | None
+    seconds_to_target: float | None
+    steps_ratio: float | None
+    wall_ratio: float | None
+    step_ms: StepTime
+
+
+class Comparison(BaseModel):
+    """All optimizers against the baseline.
+
+    Attributes:
+        baseline: label of the runs whose final held-out loss is the target, seed by seed.
+        target_loss: median of the targets over seeds.
+        rows: the baseline's first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    baseline: str
+    target_loss: float
+    rows: list[Row]
+
+    def row(self, label: str) -> Row:
+        """The row of ``label``."""
+        return next(row for row in self.rows if row.label == label)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def crossing(run: RunResult, target: float) -> EvaluationPoint | None:
+    """The first evaluation at or below ``target``."""
+    return next((point for point in run.evaluations if point.loss <= target), None)
+
+
+def compare(runs: Iterable[RunResult], baseline: str) -> Comparison:
+    """Compare runs; those with the same label are seeds of one optimizer.
+
+    Raises:
+        ResultError: a seed has no baseline, or the baseline diverged.
+    """
+    groups: dict[str, list[RunResult]] = {baseline: []}
+    for run in runs:
+        groups.setdefault(run.settings.label, []).append(run)
+    targets: dict[int, RunResult] = {}
+    for run in groups[baseline]:
+        if run.diverged:
+            raise ResultError(f"the baseline {baseline!r} diverged with seed {run.settings.seed}: no target")
+        targets[run.settings.seed] = run
+    if not targets:
+        raise ResultError(f"no run of the baseline {baseline!r}")
+    return Comparison(
+        baseline=baseline,
+        target_loss=median(run.final_loss for run in targets.values()),
+        rows=[_row(label, group, targets) for label, group in groups.items()],
+    )
+
+
+def _row(label: str, runs: Sequence[RunResult], targets: dict[int, RunResult]) -> Row:
+    steps, seconds, step_ratios, wall_ratios = [], [], [], []
+    for run in runs:
+        seed = run.settings.seed
+        if seed not in targets:
+            raise ResultError(f"{label!r} ran with seed {seed}, the baseline did not")
+        goal = targets[seed].final_loss
+        baseline, point = crossing(targets[seed], goal), crossing(run, goal)
+        if baseline is None:  # its last evaluation is the target itself
+            raise AssertionError("a finished run reaches its own final loss")
+        steps.append(float("inf") if point is None else point.step)
+        seconds.append(float("inf") if point is None else point.seconds)
+        step_ratios.append(steps[-1] / baseline.step)
+        wall_ratios.append(seconds[-1] / baseline.seconds)
+    return Row(
+        label=label,
+        seeds=len(runs),
+        diverged=sum(run.diverged for run in runs),
+        steps=runs[0].settings.steps,
+        final_loss=median(run.final_loss for run in runs),
+        steps_to_target=_median(steps),
+        seconds_to_target=_median(seconds),
+        steps_ratio=_median(step_ratios),
+        wall_ratio=_median(wall_ratios),
+        step_ms=StepTime.of(runs),
+    )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    middle = float(median(values))
+    return None if middle == float("inf") else round(middle, 4)
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal."""
+    shown = Table(
+        title=f"target: {comparison.baseline}'s final held-out loss, {comparison.target_loss:.4f}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    shown.add_column("", no_wrap=True)
+    for column in ("final\nloss", "\nsteps", "steps to\ntarget", "\nratio", "seconds\nto target", "\nratio",
+                   "step ms\nmedian", "\np99"):  # fmt: skip
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        missed = "diverged" if row.diverged == row.seeds else "never"
+        shown.add_row(
+            row.label if row.seeds == 1 else f"{row.label} x {row.seeds}",
+            f"{row.final_loss:.4f}",
+            str(row.steps),
+            missed if row.steps_to_target is None else f"{row.steps_to_target:g}",
+            "–" if row.steps_ratio is None else f"{row.steps_ratio:.3f}",
+            "–" if row.seconds_to_target is None else f"{row.seconds_to_target:.1f}",
+            "–" if row.wall_ratio is None else f"{row.wall_ratio:.3f}",
+            f"{row.step_ms.median:.1f}",
+            f"{row.step_ms.p99:.1f}",
+        )
+    return shown

@@ -1,0 +1,164 @@
+"""Tuning over a committed grid, and the committed winners.
+
+A grid is a sequence of stages; a stage tries all combinations of its values around the best settings so far.
+Every trial is a whole run at the horizon it is meant for, with a seed that no comparison uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from preconditioner_worker.optimizers import AnyOptimizer
+from preconditioner_worker.results import ResultError, RunSettings
+from preconditioner_worker.schedule import Schedule
+from preconditioner_worker.training import train
+from preconditioner_worker.workloads import open_workload
+
+TUNING_SEED = 1
+
+
+class Grid(BaseModel):
+    """What to try.
+
+    Attributes:
+        workload: its name.
+        start: settings before the first stage.
+        steps: length of each run.
+        schedule: of the learning rate.
+        seed: of weights and batches.
+        stages: per stage, values to try by field of the settings.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workload: str
+    start: AnyOptimizer
+    steps: int
+    schedule: Schedule = Schedule()
+    seed: int = TUNING_SEED
+    stages: list[dict[str, list[Any]]]
+
+
+class Trial(BaseModel):
+    """One run of a grid; a diverged run has no loss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: AnyOptimizer
+    final_loss: float | None
+
+
+class Tuning(BaseModel):
+    """A grid and what came of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grid: Grid
+    trials: list[Trial] = []
+
+    @property
+    def best(self) -> AnyOptimizer:
+        """Settings of the lowest held-out loss so far; the grid's start before the first trial."""
+        done = [trial for trial in self.trials if trial.final_loss is not None]
+        if not done:
+            return self.grid.start
+        return min(done, key=lambda trial: trial.final_loss or math.inf).settings
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.model_dump_json(indent=1) + "\n")
+        partial.replace(path)
+
+
+def load_tuning(path: Path) -> Tuning:
+    """Read what :meth:`Tuning.save` wrote.
+
+    Raises:
+        ResultError: there is no such file, or it is no tuning.
+    """
+    try:
+        return Tuning.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ResultError(f"cannot read a tuning from {str(path)!r}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ResultError(f"{str(path)!r} is not a tuning: {error}") from error
+
+
+def committed_path(workload: str, optimizer: str) -> Path:
+    """Where the package keeps the tuning of an optimizer on a workload."""
+    return Path(str(resources.files("preconditioner_worker"))) / "tuned" / f"{workload}-{optimizer}.json"
+
+
+def committed(workload: str, optimizer: str) -> Tuning | None:
+    """The tuning that ships with the package, if there is one."""
+    path = committed_path(workload, optimizer)
+    return load_tuning(path) if path.exists() else None
+
+
+def tune(
+    grid: Grid,
+    path: Path,
+    *,
+    processes: int = 1,
+    text: Path | None = None,
+    report: Callable[[Trial], None] = lambda trial: None,
+) -> Tuning:
+    """Run a grid; what ``path`` already holds of the same grid is not run again.
+
+    Args:
+        grid: what to try.
+        path: JSON that grows with every trial.
+        processes: runs at a time.
+        text: of the text workload; None: the standard library.
+        report: called after each trial.
+
+    Raises:
+        ResultError: ``path`` holds the results of another grid.
+    """
+    tuning = load_tuning(path) if path.exists() else Tuning(grid=grid)
+    if tuning.grid != grid:
+        raise ResultError(f"{str(path)!r} holds the results of another grid; remove it or choose another")
+    # Spawned, since torch's threads do not survive a fork.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for stage in grid.stages:
+            best = tuning.best  # once a stage: its runs go in parallel
+            known = [trial.settings for trial in tuning.trials]
+            new = [settings for settings in combinations(best, stage) if settings not in known]
+            for trial in pool.map(_trial, itertools.repeat(grid), new, itertools.repeat(text)):
+                tuning.trials.append(trial)
+                tuning.save(path)
+                report(trial)
+    return tuning
+
+
+def combinations(best: AnyOptimizer, stage: Mapping[str, list[Any]]) -> Iterator[AnyOptimizer]:
+    """All combinations of a stage's values around ``best``."""
+    for values in itertools.product(*stage.values()):
+        yield type(best).model_validate({**best.model_dump(), **dict(zip(stage, values, strict=True))})
+
+
+def _trial(grid: Grid, settings: AnyOptimizer, text: Path | None) -> Trial:
+    result = train(
+        open_workload(grid.workload, text=text),
+        RunSettings(
+            label=settings.name,
+            workload=grid.workload,
+            optimizer=settings,
+            schedule=grid.schedule,
+            seed=grid.seed,
+            steps=grid.steps,
+            evaluate_every=grid.steps,
+        ),
+    )
+    return Trial(settings=settings, final_loss=None if result.diverged else result.final_loss)

@@ -1,0 +1,36 @@
+"""The training tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from preconditioner_worker.workloads.base import Batch, Evaluation, Workload, WorkloadError
+from preconditioner_worker.workloads.digits import DigitsWorkload
+from preconditioner_worker.workloads.text import TextWorkload
+
+__all__ = ["WORKLOADS", "Batch", "Evaluation", "Workload", "WorkloadError", "open_workload"]
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    TextWorkload.name: TextWorkload.open,
+    DigitsWorkload.name: DigitsWorkload,
+}
+
+
+def open_workload(name: str, *, text: Path | None = None) -> Workload:
+    """Build the workload called ``name``.
+
+    Args:
+        name: a key of :data:`WORKLOADS`.
+        text: file or folder for the text workload; None: the standard library's source.
+
+    Raises:
+        WorkloadError: no such workload, or its data cannot be used.
+    """
+    if name not in WORKLOADS:
+        raise WorkloadError(f"no workload is called {name!r}; there are {', '.join(sorted(WORKLOADS))}")
+    if name == TextWorkload.name:
+        return TextWorkload.open(text)
+    if text is not None:
+        raise WorkloadError(f"--text belongs to the workload 'text', not to {name!r}")
+    return WORKLOADS[name]()
