@@ -1,0 +1,323 @@
+"""What the training thread and the background threads share: one lock, never held over I/O or heavy work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preconditioner_client.exchange import Arrival, ExchangeError, Rejection, SessionSpec, Snapshot
+from preconditioner_client.inbox import Inbox
+from preconditioner_client.outbox import Key, Outbox
+from preconditioner_protos import packed_length
+
+_COUNTERS = (
+    "bytes_sent",
+    "bytes_received",
+    "snapshots_sent",
+    "snapshots_replaced",
+    "received",
+    "dropped",
+    "nacks",
+    "connections",
+)
+_ITEM_BYTES = 4  # float32 both ways
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """A session that the trainer asked for; compared by identity, since a later one replaces it."""
+
+    spec: SessionSpec
+    block_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: SessionSpec) -> Order:
+        """The order for a session, with the packed size of each of its blocks."""
+        return cls(spec, tuple(sum(map(packed_length, b.sides)) * _ITEM_BYTES for b in spec.blocks))
+
+
+class Lane:
+    """Names one stream: what carries an older lane than the mailbox's is out of date and is ignored."""
+
+    __slots__ = ("attached", "draining", "receipts")
+
+    def __init__(self) -> None:
+        self.attached = False
+        self.draining = False
+        self.receipts: list[Key] = []
+
+
+class Mailbox:
+    """Outbox, inbox, counters and news between the training thread and the background.
+
+    Args:
+        outbox_bytes: bound of the snapshots that wait, see :class:`Outbox`.
+    """
+
+    def __init__(self, outbox_bytes: int | None = None) -> None:
+        # Reentrant, since a garbage collection inside may run a finalizer that comes back to it.
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._activity = threading.Condition(self._lock)
+        self._outbox_bytes = outbox_bytes
+        self._order: Order | None = None
+        self._lane: Lane | None = None
+        self._outbox = Outbox(())
+        self._inbox = Inbox()
+        self._totals = dict.fromkeys(_COUNTERS, 0)
+        self._generation = 0
+        self._seen_generation = 0
+        # Where every snapshot counts (more than one of a block under way), they must reach a new stream in
+        # order. So nothing is sent on it until the trainer has seen the generation and offers all again.
+        self._reoffer_due = False
+        self._session_id = ""
+        self._failure: str | None = None
+        self._failed = False
+        self._stopped = False
+
+    # -- the training thread -------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Number of successful attaches."""
+        if self._seen_generation != self._generation or self._reoffer_due:
+            with self._lock:
+                self._seen_generation = self._generation
+                if self._reoffer_due:
+                    self._reoffer_due = False
+                    self._outbox.forget_waiting()
+                    self._work.notify_all()
+        return self._seen_generation
+
+    def open(self, spec: SessionSpec) -> None:
+        """Ask for a session; everything of the one before is dropped."""
+        order = Order.of(spec)
+        with self._lock:
+            self._settle()
+            self._order = order
+            self._lane = None
+            self._session_id = ""
+            self._reoffer_due = False
+            self._failure = None
+            self._failed = False
+            self._outbox = Outbox(order.block_bytes, spec.snapshots_in_flight, self._outbox_bytes)
+            self._inbox = Inbox(spec.snapshots_in_flight)
+            self._work.notify_all()
+
+    def offer(self, snapshots: Sequence[Snapshot]) -> None:
+        """Queue snapshots."""
+        if not snapshots:
+            return
+        with self._lock:
+            for snapshot in snapshots:
+                for lost in self._outbox.put(snapshot):
+                    detail = f"the outbox is bounded to {self._outbox_bytes} bytes"
+                    self._inbox.reject(Rejection(lost.block, lost.step, "OUTBOX_FULL", detail))
+            self._work.notify_all()
+
+    def collect(self) -> list[Arrival | Rejection]:
+        """Take what arrived.
+
+        Raises:
+            ExchangeError: see :meth:`Exchange.collect`.
+        """
+        if self._failure is None and not self._inbox:
+            return []  # the usual case needs no lock: a single read of each is atomic
+        with self._lock:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise ExchangeError(failure)
+            return self._inbox.collect()
+
+    def wait(self, timeout: float) -> bool:
+        """Block until there is something to collect or a new generation, or ``timeout`` seconds passed."""
+        with self._lock:
+            happened = self._activity.wait_for(
+                lambda: (
+                    len(self._inbox) > 0
+                    or self._failure is not None
+                    or self._generation != self._seen_generation
+                    or self._stopped
+                ),
+                timeout,
+            )
+            self._seen_generation = self._generation
+            return happened and not self._stopped
+
+    def counters(self) -> dict[str, int]:
+        """Totals since construction, and ``connected``."""
+        with self._lock:
+            totals = dict(self._totals)
+            totals["snapshots_replaced"] += self._outbox.replaced
+            totals["dropped"] += self._inbox.superseded
+            totals["connected"] = int(self._lane is not None and self._lane.attached)
+            return totals
+
+    def stop(self) -> None:
+        """Nothing goes on any more; every waiting thread returns."""
+        with self._lock:
+            self._stopped = True
+            self._lane = None
+            self._work.notify_all()
+            self._activity.notify_all()
+
+    # -- the supervisor ------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> Order | None:
+        """The session asked for; None once stopped."""
+        return None if self._stopped else self._order
+
+    def await_change(self, order: Order | None, timeout: float | None = None) -> None:
+        """Block until another session than ``order`` is asked for, all is stopped, or ``timeout``."""
+        with self._lock:
+            self._work.wait_for(lambda: self._stopped or self._order is not order, timeout)
+
+    def fail(self, order: Order, message: str) -> bool:
+        """The service refuses; the next ``collect`` raises, once, unless some session was opened before.
+
+        Returns:
+            False if nothing will be raised.
+        """
+        with self._lock:
+            if self._generation or self._failed or self._order is not order:
+                return False
+            self._failure = message
+            self._failed = True
+            self._activity.notify_all()
+            return True
+
+    def begin(self, order: Order) -> Lane | None:
+        """Name a new stream of the session; None if the session is out of date."""
+        with self._lock:
+            if self._stopped or self._order is not order:
+                return None
+            self._lane = Lane()
+            return self._lane
+
+    def attached(self, lane: Lane, session_id: str, credit_bytes: int) -> None:
+        """The stream stands: from now on snapshots are sent."""
+        with self._lock:
+            if self._lane is not lane or lane.attached:
+                return
+            lane.attached = True
+            self._outbox.begin_stream(credit_bytes, same_session=session_id == self._session_id)
+            self._session_id = session_id
+            self._reoffer_due = self._order is not None and self._order.spec.snapshots_in_flight > 1
+            self._generation += 1
+            self._totals["connections"] += 1
+            self._work.notify_all()
+            self._activity.notify_all()
+
+    def end(self, lane: Lane) -> None:
+        """The stream is over; what was not sent is kept."""
+        with self._lock:
+            if self._lane is lane:
+                self._lane = None
+            self._work.notify_all()
+
+    # -- the sending thread --------------------------------------------------------------------------
+
+    def await_work(self, lane: Lane) -> bool:
+        """Block until there is something to send; False when the stream is to be half-closed."""
+        with self._lock:
+            self._work.wait_for(
+                lambda: (
+                    self._lane is not lane
+                    or (
+                        lane.attached
+                        and (bool(lane.receipts) or (self._may_send(lane) and self._outbox.sendable()))
+                    )
+                )
+            )
+            return self._lane is lane
+
+    def take_snapshot(self, lane: Lane) -> Snapshot | None:
+        """The next snapshot to send, if credit allows one; counted as sent."""
+        with self._lock:
+            if self._lane is not lane or not self._may_send(lane):
+                return None
+            snapshot = self._outbox.take()
+            if snapshot is not None and self._order is not None:
+                self._totals["snapshots_sent"] += 1
+                self._totals["bytes_sent"] += self._order.block_bytes[snapshot.block]
+            return snapshot
+
+    def take_receipts(self, lane: Lane) -> list[Key]:
+        """Receipts to send."""
+        with self._lock:
+            receipts, lane.receipts = lane.receipts, []
+            return receipts
+
+    # -- the reading thread --------------------------------------------------------------------------
+
+    def drain(self, lane: Lane) -> None:
+        """Send no new snapshots on this stream."""
+        with self._lock:
+            lane.draining = True
+
+    def is_new(self, lane: Lane, block: int, step: int) -> bool:
+        """Whether a preconditioner would be delivered; spares the unpacking of one that would not."""
+        with self._lock:
+            return self._lane is lane and self._inbox.is_new(block, step)
+
+    def deliver(self, lane: Lane, arrival: Arrival, packed_bytes: int) -> None:
+        """A preconditioner arrived whole and sound; its receipt is due."""
+        with self._lock:
+            if self._lane is not lane:
+                return
+            if self._inbox.deliver(arrival):
+                self._totals["received"] += 1
+                self._totals["bytes_received"] += packed_bytes
+                self._activity.notify_all()
+            else:
+                self._totals["dropped"] += 1
+            self._acknowledge(lane, arrival.block, arrival.step)
+
+    def drop(self, lane: Lane, block: int, step: int, rejection: Rejection | None = None) -> None:
+        """A preconditioner was no good; its receipt is due all the same, or its credit would be lost."""
+        with self._lock:
+            if self._lane is not lane:
+                return
+            self._totals["dropped"] += 1
+            self._acknowledge(lane, block, step)
+            if rejection is not None and self._inbox.is_new(block, step):
+                self._inbox.reject(rejection)
+                self._activity.notify_all()
+
+    def answered(self, lane: Lane, keys: Sequence[Key]) -> None:
+        """Snapshots were acknowledged."""
+        with self._lock:
+            if self._lane is not lane:
+                return
+            for block, step in keys:
+                self._outbox.acknowledged(block, step)
+            self._work.notify_all()
+
+    def refused(self, lane: Lane, rejection: Rejection, on_arrival: bool) -> None:
+        """A snapshot was refused, on arrival or later."""
+        with self._lock:
+            if self._lane is not lane:
+                return
+            self._totals["nacks"] += 1
+            if on_arrival:
+                self._work.notify_all()
+                if self._outbox.refused(rejection.block, rejection.step, rejection.reason == "OUTDATED"):
+                    return  # the service has it
+            self._inbox.reject(rejection)
+            self._activity.notify_all()
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _may_send(self, lane: Lane) -> bool:
+        return not lane.draining and not self._reoffer_due
+
+    def _acknowledge(self, lane: Lane, block: int, step: int) -> None:
+        lane.receipts.append((block, step))
+        self._work.notify_all()
+
+    def _settle(self) -> None:
+        """Carry what outbox and inbox counted over to the totals, before they are replaced."""
+        self._totals["snapshots_replaced"] += self._outbox.replaced
+        self._totals["dropped"] += self._inbox.superseded

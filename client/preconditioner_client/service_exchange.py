@@ -1,0 +1,149 @@
+"""The exchange with a preconditioner service over gRPC: what the optimizer holds.
+
+Everything slow happens in the background: connecting, waiting for copies from the device, packing, sending,
+receiving, checking, unpacking. The training thread only ever touches the :class:`Mailbox`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+
+from preconditioner_client.connection import preflight
+from preconditioner_client.embedded import EmbeddedEndpoint, check_installed
+from preconditioner_client.exchange import Arrival, Rejection, SessionSpec, Snapshot
+from preconditioner_client.mailbox import Mailbox
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.supervisor import Endpoint, FixedEndpoint, Supervisor
+
+logger = logging.getLogger("preconditioner_client")
+
+_SERVICE_END_SECONDS = 15.0
+_live: weakref.WeakSet[_Background] = weakref.WeakSet()
+
+
+class ServiceExchange:
+    """An :class:`Exchange` with a service, embedded or elsewhere.
+
+    Construction looks at the service once (for at most about ``config.connect_timeout``) and starts nothing;
+    the first :meth:`open` starts the background, and with it an embedded service. In a child that was forked
+    after that all methods do nothing: the session is the parent's.
+
+    Args:
+        config: where the service is and how it is spoken to.
+
+    Raises:
+        ExchangeError: the service refuses this trainer for good (wrong token, wrong protocol version, TLS on
+            one side only), or an embedded one is not installed.
+        ValueError: a token or TLS file cannot be read.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        reachable = True
+        if config.embedded:
+            check_installed()
+        else:
+            reachable = preflight(config)
+        self._mailbox = Mailbox(config.outbox_bytes)
+        self._background: _Background | None = None
+        self._warned = not reachable
+        self._closed = False
+        self._owner: int | None = None
+
+    @property
+    def generation(self) -> int:
+        """See :class:`Exchange`."""
+        return self._mailbox.generation
+
+    def open(self, session: SessionSpec) -> None:
+        """See :class:`Exchange`."""
+        if self._closed:
+            raise RuntimeError("the exchange is closed")
+        if self._foreign():
+            return
+        self._mailbox.open(session)
+        if self._background is None:
+            self._owner = os.getpid()
+            endpoint: Endpoint = (
+                EmbeddedEndpoint(self._config) if self._config.embedded else FixedEndpoint(self._config)
+            )
+            supervisor = Supervisor(self._config, self._mailbox, endpoint, self._warned)
+            self._background = _Background(self._mailbox, supervisor, self._config.close_timeout)
+            _live.add(self._background)
+            # A collected exchange ends its background, which does not refer to it.
+            weakref.finalize(self, self._background.leave).atexit = False
+            supervisor.start()
+        else:
+            self._background.supervisor.interrupt(self._config.close_timeout / 2)
+
+    def offer(self, snapshots: Sequence[Snapshot], step: int) -> None:
+        """See :class:`Exchange`."""
+        if not self._foreign():
+            self._mailbox.offer(snapshots)
+
+    def collect(self, step: int) -> list[Arrival | Rejection]:
+        """See :class:`Exchange`."""
+        return [] if self._foreign() else self._mailbox.collect()
+
+    def wait(self, timeout: float) -> bool:
+        """See :class:`Exchange`."""
+        return not self._foreign() and self._mailbox.wait(timeout)
+
+    def counters(self) -> dict[str, int]:
+        """See :class:`Exchange`."""
+        return Mailbox().counters() if self._foreign() else self._mailbox.counters()
+
+    def close(self) -> None:
+        """See :class:`Exchange`."""
+        self._closed = True
+        if self._background is not None:
+            self._background.close()
+
+    def _foreign(self) -> bool:
+        """Whether this is a forked child of the process that runs the background."""
+        # Looked at before any lock: a lock may have been held by another thread when the fork happened.
+        return self._owner is not None and self._owner != os.getpid()
+
+
+class _Background:
+    """Owns the thread, apart from the exchange, so that it can outlive it for as long as ending takes."""
+
+    def __init__(self, mailbox: Mailbox, supervisor: Supervisor, close_timeout: float) -> None:
+        self.supervisor = supervisor
+        self._mailbox = mailbox
+        self._close_timeout = close_timeout
+        self._owner = os.getpid()
+
+    def leave(self) -> None:
+        """Let everything end by itself. For finalizers, which may run anywhere: no wait, no new thread."""
+        if self._owner == os.getpid():
+            self._mailbox.stop()
+
+    def hurry(self) -> None:
+        """Let everything end, a stream within half of the time for closing."""
+        if self._owner == os.getpid():
+            self._mailbox.stop()
+            self.supervisor.interrupt(self._close_timeout / 2)
+
+    def close(self) -> None:
+        """End everything, waiting for it within bounds."""
+        if self._owner != os.getpid():
+            return
+        self.hurry()
+        if not self.supervisor.join(self._close_timeout):
+            self.supervisor.interrupt(0)
+            if not self.supervisor.join(_SERVICE_END_SECONDS):
+                logger.warning("the background thread of the preconditioner service does not end")
+
+
+@atexit.register
+def _close_all() -> None:
+    live = list(_live)
+    for background in live:
+        background.hurry()
+    for background in live:
+        background.close()

@@ -1,0 +1,343 @@
+"""The background thread that connects, opens sessions, runs streams, and begins again when they break."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from dataclasses import dataclass
+from importlib import metadata as distribution
+from typing import Protocol
+
+import grpc
+
+from preconditioner_client.config import Ridge, RidgeKind
+from preconditioner_client.connection import (
+    Failure,
+    Metadata,
+    Outcome,
+    call_metadata,
+    explain,
+    open_channel,
+    stub,
+    warn_unreachable,
+)
+from preconditioner_client.exchange import ExchangeError, SessionSpec
+from preconditioner_client.mailbox import Mailbox, Order
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.stream import Stream
+from preconditioner_protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from preconditioner_protos.manifest import MAX_NAME_BYTES
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
+
+logger = logging.getLogger("preconditioner_client")
+
+_LARGEST_MESSAGE = 64 * 1024 * 1024  # more than that no service may make us receive at once
+_LOCATE_SECONDS = 0.5
+_CLOSE_SESSION_SECONDS = 1.0
+_STEADY_SECONDS = 5.0
+
+_RIDGE_KINDS = {
+    RidgeKind.RELATIVE: pb.RIDGE_KIND_RELATIVE,
+    RidgeKind.ABSOLUTE: pb.RIDGE_KIND_ABSOLUTE,
+    RidgeKind.TRACE: pb.RIDGE_KIND_TRACE,
+    RidgeKind.PSEUDO_INVERSE: pb.RIDGE_KIND_PSEUDO_INVERSE,
+}
+
+
+class Endpoint(Protocol):
+    """Where the service is now."""
+
+    def locate(self, timeout: float) -> tuple[str, str | None] | None:
+        """Address and token; None if there is none within ``timeout`` seconds, but there may be later.
+
+        Raises:
+            ExchangeError: there will never be one.
+            ValueError: the token cannot be read.
+        """
+
+    def release(self) -> None:
+        """Not needed any more. Called once, from the background; may block for seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedEndpoint:
+    """A service that somebody else runs."""
+
+    config: ServiceConfig
+
+    def locate(self, timeout: float) -> tuple[str, str | None]:
+        """See :class:`Endpoint`."""
+        return self.config.address, self.config.read_token()
+
+    def release(self) -> None:
+        """See :class:`Endpoint`."""
+
+
+class Backoff:
+    """Exponentially growing pauses with jitter, so that many trainers do not come back at one moment."""
+
+    def __init__(self, first: float = 0.1, longest: float = 5.0) -> None:
+        self._first = self._next = first
+        self._longest = longest
+
+    def pause(self) -> float:
+        """Seconds to pause now; the next answer is about twice as long."""
+        pause, self._next = self._next, min(2 * self._next, self._longest)
+        return pause * random.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        """All is well: begin with the shortest again."""
+        self._next = self._first
+
+
+class Supervisor:
+    """Serves one session after the other until the mailbox is stopped.
+
+    Args:
+        config: how the service is spoken to.
+        mailbox: shared with the training thread.
+        endpoint: where the service is; released at the end.
+        warned: the user was already told that the service is not there.
+    """
+
+    REFUSED_PAUSE = 30.0
+    """Seconds between attempts after a refusal that only a person, or a rotated token, can lift."""
+
+    def __init__(
+        self, config: ServiceConfig, mailbox: Mailbox, endpoint: Endpoint, warned: bool = False
+    ) -> None:
+        self._config = config
+        self._mailbox = mailbox
+        self._endpoint = endpoint
+        self._warned = warned
+        self._active: Stream | grpc.Future | None = None
+        self._opened: pb.OpenSessionResponse | None = None
+        self._opened_at = ""
+        self._logged: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="preconditioner-exchange", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        self._thread.start()
+
+    def interrupt(self, grace: float) -> None:
+        """Let go of what is under way: a stream gets ``grace`` seconds to end in order."""
+        active = self._active
+        if isinstance(active, Stream):
+            active.retire(grace)
+        elif active is not None:
+            active.cancel()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread's end; False if it did not come within ``timeout`` seconds."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        served: Order | None = None
+        try:
+            while True:
+                self._mailbox.await_change(served)
+                order = self._mailbox.order
+                if order is None:
+                    return
+                self._serve(order)
+                served = order
+        finally:
+            self._endpoint.release()
+
+    def _serve(self, order: Order) -> None:
+        """Keep one session going until it is replaced, stopped or superseded."""
+        self._opened = None
+        request = open_request(order.spec)
+        backoff = Backoff()
+        while self._mailbox.order is order:
+            began = time.monotonic()
+            try:
+                place = self._endpoint.locate(_LOCATE_SECONDS)
+                if place is None:
+                    continue
+                failure = self._attempt(order, request, *place)
+            except (ExchangeError, ValueError) as error:
+                failure = Failure(Outcome.REFUSED, str(error))
+            except Exception:
+                # A bug must not end the thread: the training would never see a version again.
+                logger.exception("unexpected error while speaking to the preconditioner service")
+                failure = Failure(Outcome.RETRY, "unexpected error")
+            if self._mailbox.order is not order:
+                return
+            if time.monotonic() - began > _STEADY_SECONDS and failure.outcome is Outcome.RETRY:
+                backoff.reset()
+            if not self._judge(order, failure):
+                return
+            pause = self.REFUSED_PAUSE if failure.outcome is Outcome.REFUSED else backoff.pause()
+            self._mailbox.await_change(order, pause)
+
+    def _judge(self, order: Order, failure: Failure) -> bool:
+        """Tell whoever must know of a failure; False if the session is over for good."""
+        if failure.outcome is Outcome.RETRY:
+            if not self._warned:
+                self._warned = True
+                warn_unreachable(failure.message)
+            return True
+        if failure.outcome is Outcome.REOPEN:
+            logger.info("%s; it is opened again", failure.message)
+            self._opened = None
+            return True
+        if not self._mailbox.fail(order, failure.message) and failure.message not in self._logged:
+            self._logged.add(failure.message)
+            logger.error("%s", failure.message)
+        if failure.outcome is Outcome.REFUSED:
+            self._opened = None
+            return True
+        return False
+
+    def _attempt(
+        self, order: Order, request: pb.OpenSessionRequest, address: str, token: str | None
+    ) -> Failure:
+        """Connect, open the session unless it still lives, attach, and run the stream to its end."""
+        if address != self._opened_at:
+            self._opened, self._opened_at = None, address
+        headers = call_metadata(token)
+        with open_channel(self._config, address) as channel:
+            calls = stub(channel)
+            try:
+                if self._opened is None:
+                    opened = self._open(calls, request, headers)
+                    check_opened(opened, address)
+                    self._opened = opened
+                failure = self._stream(order, request.manifest, self._opened, channel, address, headers)
+            except grpc.RpcError as error:
+                failure = explain(error, address, job=order.spec.job)
+            if self._opened is not None and self._mailbox.order is not order:
+                self._close_session(calls, headers)
+            return failure
+
+    def _open(
+        self, calls: rpc.PreconditionerServiceStub, request: pb.OpenSessionRequest, headers: Metadata
+    ) -> pb.OpenSessionResponse:
+        call = calls.OpenSession.future(request, timeout=self._config.connect_timeout, metadata=headers)
+        self._active = call
+        try:
+            result: pb.OpenSessionResponse = call.result()
+        except grpc.FutureCancelledError:
+            raise ExchangeError("closed while the session was being opened") from None
+        finally:
+            self._active = None
+        return result
+
+    def _stream(
+        self,
+        order: Order,
+        manifest: pb.Manifest,
+        opened: pb.OpenSessionResponse,
+        channel: grpc.Channel,
+        address: str,
+        headers: Metadata,
+    ) -> Failure:
+        front = opened.placement.fronts[0].address if opened.placement.fronts else ""
+        limit = min(opened.limits.max_message_bytes or MAX_MESSAGE_BYTES, _LARGEST_MESSAGE)
+        if front or limit > MAX_MESSAGE_BYTES:
+            with open_channel(self._config, front or address, limit) as data:
+                return self._run_stream(order, manifest, opened, data, front or address, headers)
+        return self._run_stream(order, manifest, opened, channel, address, headers)
+
+    def _run_stream(
+        self,
+        order: Order,
+        manifest: pb.Manifest,
+        opened: pb.OpenSessionResponse,
+        channel: grpc.Channel,
+        address: str,
+        headers: Metadata,
+    ) -> Failure:
+        lane = self._mailbox.begin(order)
+        if lane is None:
+            return Failure(Outcome.RETRY, "the session was replaced")
+        stream = Stream(self._mailbox, lane, order, manifest, opened, self._config.credit_bytes)
+        self._active = stream
+        try:
+            error = stream.run(channel, headers, self._config.connect_timeout, on_attached=self._attached)
+        finally:
+            self._active = None
+        if error is None:
+            return Failure(Outcome.RETRY, f"the preconditioner service at {address} ended the stream")
+        return explain(error, address, job=order.spec.job, attaching=True)
+
+    def _attached(self) -> None:
+        logger.info("connected to the preconditioner service at %s", self._opened_at)
+        self._warned = False
+        self._logged.clear()
+
+    def _close_session(self, calls: rpc.PreconditionerServiceStub, headers: Metadata) -> None:
+        assert self._opened is not None
+        request = pb.CloseSessionRequest(session_id=self._opened.session_id)
+        self._opened = None
+        try:
+            calls.CloseSession(request, timeout=_CLOSE_SESSION_SECONDS, metadata=headers)
+        except grpc.RpcError as error:
+            logger.debug("CloseSession: %s", error)  # the service frees the session after its ttl
+
+
+def open_request(spec: SessionSpec) -> pb.OpenSessionRequest:
+    """What announces a session."""
+    blocks = [
+        pb.Block(
+            name=block.name.encode()[:MAX_NAME_BYTES].decode(errors="ignore"),
+            sides=[
+                pb.Side(length=n, root_order=p) for n, p in zip(block.sides, block.root_orders, strict=True)
+            ],
+            ridge=_ridge(block.ridge),
+        )
+        for block in spec.blocks
+    ]
+    return pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION,
+        job=spec.job,
+        rank=spec.rank,
+        world_size=spec.world_size,
+        epoch=spec.epoch,
+        manifest=pb.Manifest(
+            blocks=blocks,
+            statistics_dtype=pb.DTYPE_FLOAT32,
+            preconditioner_dtype=pb.DTYPE_FLOAT32,
+            snapshots_in_flight=spec.snapshots_in_flight,
+        ),
+        max_staleness=spec.max_staleness,
+        client=_client_name(),
+    )
+
+
+def check_opened(opened: pb.OpenSessionResponse, address: str) -> None:
+    """Hold the service's answer against what this client can do.
+
+    Raises:
+        ExchangeError: another protocol version, or a placement over several fronts.
+    """
+    if opened.protocol_version != PROTOCOL_VERSION:
+        raise ExchangeError(
+            f"the preconditioner service at {address} answers in protocol version {opened.protocol_version}, "
+            f"this client speaks {PROTOCOL_VERSION}: install versions of async-preconditioner that agree"
+        )
+    fronts = [front.address or address for front in opened.placement.fronts]
+    if len(fronts) > 1:
+        raise ExchangeError(
+            f"the preconditioner service at {address} places the blocks on {len(fronts)} fronts "
+            f"({', '.join(fronts[:4])}{', ...' if len(fronts) > 4 else ''}), and this client speaks to one: "
+            f"let the service run with one front, or install a client that speaks to several"
+        )
+
+
+def _ridge(ridge: Ridge) -> pb.Ridge:
+    return pb.Ridge(kind=_RIDGE_KINDS[ridge.kind], value=ridge.value)
+
+
+def _client_name() -> str:
+    try:
+        return f"preconditioner_client {distribution.version('async-preconditioner')}"
+    except distribution.PackageNotFoundError:
+        return "preconditioner_client"
