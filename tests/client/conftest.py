@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -50,9 +51,8 @@ def certificates(tmp_path_factory) -> Certificates:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("tls")
     key, chain = folder / "key.pem", folder / "chain.pem"
-    options = (
-        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost".split()
-    )
+    options = shlex.split("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2")
+    options += ["-subj", "/CN=localhost"]
     options += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     options += ["-keyout", str(key), "-out", str(chain)]
     subprocess.run([openssl, *options], check=True, capture_output=True)
