@@ -25,7 +25,7 @@ from preconditioner_worker.optimizers import (
     ShampooSettings,
 )
 from preconditioner_worker.plots import draw
-from preconditioner_worker.results import RunSettings
+from preconditioner_worker.results import ResultError, RunSettings
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
 from preconditioner_worker.tuning import Trial, tune
@@ -62,6 +62,8 @@ class OptimizerOptions(Command):
     """Steps between evaluations on held-out data."""
     threads: PositiveInt = 1
     """Threads of torch; the service needs cores as well."""
+    service_wait: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds to stand still after the first step until the service is up; not part of any step."""
     name: str | None = None
     """Folder under runs/; default: by command and workload."""
     schedule: Schedule = Schedule()
@@ -93,6 +95,7 @@ class OptimizerOptions(Command):
             steps=horizon(self.workload, optimizer, steps),
             evaluate_every=self.evaluate_every,
             threads=self.threads,
+            service_wait=self.service_wait,
         )
 
 
@@ -209,8 +212,7 @@ class Tune(Command):
         grid = GRIDS.get((self.workload, self.optimizer))
         if grid is None:
             known = ", ".join(f"{workload} {optimizer}" for workload, optimizer in GRIDS)
-            console.print(f"no grid for {self.workload} {self.optimizer}; there are: {known}")
-            return 1
+            raise ResultError(f"no grid for {self.workload} {self.optimizer}; there are: {known}")
 
         def report(trial: Trial) -> None:
             loss = "diverged" if trial.final_loss is None else f"{trial.final_loss:.4f}"

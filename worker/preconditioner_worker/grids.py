@@ -12,6 +12,11 @@ GRIDS: Mapping[tuple[str, str], Grid] = {
         workload="text",
         start=AdamWSettings(lr=3e-3, beta2=0.99, weight_decay=0.1),
         steps=1500,
-        stages=[],
+        stages=[
+            {"lr": [1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3]},
+            {"weight_decay": [0.03, 0.3]},
+            {"beta2": [0.95, 0.999]},
+            {"beta1": [0.95]},
+        ],
     ),
 }

@@ -35,6 +35,8 @@ class RunSettings(_Record):
         steps: length of the run.
         evaluate_every: steps between evaluations; the last step is always evaluated.
         threads: of torch.
+        service_wait: seconds that the run may stand still, once after its first step, until its service is
+            up: how long a machine takes to start Ray is not what a run measures. Then it goes on without.
     """
 
     label: str
@@ -45,6 +47,7 @@ class RunSettings(_Record):
     steps: int
     evaluate_every: int
     threads: int = 1
+    service_wait: float = 60.0
 
 
 class StepSeries(_Record):
@@ -97,6 +100,8 @@ class RunResult(_Record):
         steps: one entry per step that was made.
         evaluations: in order of steps.
         diverged: a loss was not finite, and the run ended there.
+        service_seconds: how long the run stood still after its first step, until the service was up; part of
+            no step.
         metrics: the optimizer's own counters at the end, for those that keep any.
         environment: where it was run.
     """
@@ -107,6 +112,7 @@ class RunResult(_Record):
     steps: StepSeries
     evaluations: list[EvaluationPoint]
     diverged: bool
+    service_seconds: float
     metrics: dict[str, Any]
     environment: Environment
 

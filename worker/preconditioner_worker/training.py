@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -22,6 +23,8 @@ from preconditioner_worker.results import (
 )
 from preconditioner_worker.workloads import Batch, Workload
 from preconditioner_worker.workloads.transformer import parameter_count
+
+logger = logging.getLogger(__name__)
 
 
 def train(workload: Workload, settings: RunSettings, *, console: Console | None = None) -> RunResult:
@@ -55,11 +58,13 @@ def _run(
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(min(step, total - 1), total))
     series = StepSeries()
     evaluations: list[EvaluationPoint] = []
-    elapsed, held_out, diverged = 0.0, math.nan, False
+    elapsed, service_seconds, held_out, diverged = 0.0, 0.0, math.nan, False
     with display(settings.label, total, console) as shown:
         for step in range(1, total + 1):
             batch = workload.batch(settings.seed, step - 1)
             loss, seconds, optimizer_seconds = _step(workload, model, optimizer, batch)
+            if step == 1:
+                service_seconds = _await_service(optimizer, settings.service_wait)
             elapsed += seconds
             scheduler.step()
             age, versions = _freshness(optimizer)
@@ -85,6 +90,7 @@ def _run(
         steps=series,
         evaluations=evaluations,
         diverged=diverged,
+        service_seconds=service_seconds,
         metrics=optimizer.metrics() if isinstance(optimizer, Shampoo) else {},
         environment=Environment.here(),
     )
@@ -111,6 +117,19 @@ def _step(
         return math.nan, middle - start, 0.0
     end = time.perf_counter()
     return loss.item(), end - start, end - middle
+
+
+def _await_service(optimizer: torch.optim.Optimizer, longest: float) -> float:
+    """Stand still until a Shampoo has its service, which its first step called for; returns the seconds."""
+    if not isinstance(optimizer, Shampoo):
+        return 0.0
+    start = time.monotonic()
+    while not optimizer.metrics()["connected"]:
+        if time.monotonic() - start > longest:
+            logger.warning("the preconditioner service is not there after %.0f s; going on without", longest)
+            break
+        time.sleep(0.05)
+    return time.monotonic() - start
 
 
 def _freshness(optimizer: torch.optim.Optimizer) -> tuple[int | None, int]:

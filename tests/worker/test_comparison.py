@@ -1,0 +1,81 @@
+"""Arithmetic of crossings, ratios and medians."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from preconditioner_worker.comparison import StepTime, compare, crossing, table
+from preconditioner_worker.results import ResultError
+
+
+def test_crossing_is_the_first_evaluation_at_or_below_the_target(make_run):
+    run = make_run("adamw", [3.0, 2.0, 1.0, 2.5])
+    assert crossing(run, 2.0).step == 20
+    assert crossing(run, 1.5).step == 30
+    assert crossing(run, 0.5) is None
+
+
+def test_ratios(make_run):
+    comparison = compare(
+        [make_run("adamw", [3.0, 2.5, 2.2, 2.0], seconds=0.5), make_run("shampoo", [2.6, 1.9], seconds=0.75)],
+        "adamw",
+    )
+    assert comparison.target_loss == 2.0
+    baseline, shampoo = comparison.rows
+    assert (baseline.steps_to_target, baseline.steps_ratio, baseline.wall_ratio) == (40, 1, 1)
+    assert (shampoo.steps_to_target, shampoo.seconds_to_target) == (20, 15.0)
+    assert (shampoo.steps_ratio, shampoo.wall_ratio) == (0.5, 0.75)
+
+
+def test_a_target_that_is_missed(make_run):
+    comparison = compare([make_run("adamw", [3.0, 2.0]), make_run("sgd", [3.0, 2.9])], "adamw")
+    row = comparison.row("sgd")
+    assert row.steps_to_target is row.steps_ratio is row.wall_ratio is None
+
+
+def test_a_baseline_that_dips_below_its_end_reached_it_then(make_run):
+    assert compare([make_run("adamw", [3.0, 1.9, 2.0])], "adamw").rows[0].steps_to_target == 20
+
+
+def test_seeds_are_paired_and_the_median_is_taken(make_run):
+    runs = [make_run("adamw", [3.0, 2.0 + seed / 10], seed=seed) for seed in range(3)]
+    runs += [make_run("shampoo", losses, seed=seed) for seed, losses in
+             enumerate([[2.0, 1.0], [2.1, 1.0], [2.3, 2.3]])]  # fmt: skip
+    row = compare(runs, "adamw").row("shampoo")
+    assert (row.seeds, row.steps_ratio) == (3, 0.5)  # 0.5, 0.5, never
+
+
+def test_a_diverged_rival_is_counted_and_a_diverged_baseline_refused(make_run):
+    diverged = make_run("sgd", [3.0, math.nan])
+    row = compare([make_run("adamw", [3.0, 2.0]), diverged], "adamw").row("sgd")
+    assert (row.diverged, row.steps_ratio) == (1, None)
+    with pytest.raises(ResultError, match="diverged with seed 0"):
+        compare([diverged], "sgd")
+
+
+def test_what_cannot_be_compared(make_run):
+    with pytest.raises(ResultError, match="no run of the baseline"):
+        compare([make_run("sgd", [1.0])], "adamw")
+    with pytest.raises(ResultError, match="ran with seed 1"):
+        compare([make_run("adamw", [1.0]), make_run("sgd", [1.0], seed=1)], "adamw")
+
+
+def test_step_times(make_run):
+    run = make_run("adamw", [1.0] * 10)
+    run.steps.seconds[:] = [i / 1000 for i in range(1, 101)]
+    time = StepTime.of([run])
+    assert time.median == pytest.approx(50.5)
+    assert time.p99 == pytest.approx(99.01)
+    assert time.optimizer_median == pytest.approx(50.0)
+
+
+def test_the_table_fits_a_narrow_terminal(make_run):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(compare([make_run("adamw", [3.0, 2.0]), make_run("sgd", [3.0, 2.9])], "adamw")))
+    text = console.export_text()
+    assert "never" in text
+    assert "…" not in text

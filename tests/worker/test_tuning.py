@@ -1,0 +1,77 @@
+"""Grids: stages build on the best so far, trials are kept, committed tunings fit their grids."""
+
+from __future__ import annotations
+
+import pytest
+
+from preconditioner_worker import tuning as module
+from preconditioner_worker.experiments import horizon, settle
+from preconditioner_worker.grids import GRIDS
+from preconditioner_worker.optimizers import AdamWSettings, ShampooSettings
+from preconditioner_worker.results import ResultError
+from preconditioner_worker.tuning import Grid, Trial, Tuning, combinations, committed, load_tuning, tune
+
+GRID = Grid(
+    workload="digits",
+    start=AdamWSettings(lr=1e-3),
+    steps=10,
+    stages=[{"lr": [1e-3, 1e-2]}, {"beta2": [0.9, 0.99], "beta1": [0.9]}],
+)
+
+
+def test_combinations_are_all_of_them_around_the_best():
+    found = list(combinations(AdamWSettings(lr=0.5), {"beta1": [0.8, 0.9], "beta2": [0.9, 0.99]}))
+    assert [(s.lr, s.beta1, s.beta2) for s in found] == [
+        (0.5, 0.8, 0.9), (0.5, 0.8, 0.99), (0.5, 0.9, 0.9), (0.5, 0.9, 0.99)
+    ]  # fmt: skip
+
+
+def test_a_grid_runs_goes_on_and_keeps_what_it_has(tmp_path, monkeypatch):
+    path = tmp_path / "tune" / "digits-adamw.json"
+    seen: list[Trial] = []
+    done = tune(GRID, path, report=seen.append)
+    # beta2 = 0.99 is the default, so one of the second stage was run by the first.
+    assert [(t.settings.lr, t.settings.beta2) for t in done.trials] == [
+        (1e-3, 0.99),
+        (1e-2, 0.99),
+        (1e-2, 0.9),
+    ]
+    assert seen == done.trials
+    assert done.best.lr == 1e-2
+    assert load_tuning(path) == done
+
+    monkeypatch.setattr(module, "_trial", None)
+    assert tune(GRID, path).trials == done.trials  # nothing is run again
+    with pytest.raises(ResultError, match="another grid"):
+        tune(GRID.model_copy(update={"steps": 11}), path)
+
+
+def test_diverged_trials_never_win():
+    tuning = Tuning(
+        grid=GRID,
+        trials=[
+            Trial(settings=AdamWSettings(lr=1.0), final_loss=None),
+            Trial(settings=AdamWSettings(lr=0.1), final_loss=3.0),
+        ],
+    )
+    assert tuning.best.lr == 0.1
+
+
+@pytest.mark.parametrize("name", ["adamw", "shampoo"])
+def test_the_text_workload_has_committed_tunings_of_their_grids(name):
+    tuning = committed("text", name)
+    assert tuning is not None
+    assert tuning.grid == GRIDS["text", name]
+    # Each stage was run around the best of those before, to the last combination.
+    tried = [trial.settings for trial in tuning.trials]
+    assert all(settings in tried for settings in combinations(tuning.best, tuning.grid.stages[-1]))
+    assert tuning.grid.seed != 0  # the seed of the demonstration
+
+
+def test_explicit_settings_win_over_tuned_ones():
+    tuned = committed("text", "shampoo")
+    settled = settle("text", "shampoo", ShampooSettings(beta1=0.5))
+    assert settled == tuned.best.model_copy(update={"beta1": 0.5})
+    assert settle("digits", "sgd").lr == 0.1
+    assert horizon("text", "shampoo") == tuned.grid.steps
+    assert horizon("text", "shampoo", 7) == 7
