@@ -344,8 +344,8 @@ class Board:
         if held + needed > self._budget_bytes:
             raise AdmissionError(
                 Admission.OVER_BUDGET,
-                f"the session needs up to {needed} bytes; free are {max(0, self._budget_bytes - held)} of the "
-                f"service's {self._budget_bytes}",
+                f"the session needs up to {needed} bytes; of the "
+                f"service's {self._budget_bytes} are free {max(0, self._budget_bytes - held)}",
             )
         for old in fenced:
             self.close(old, f"epoch {request.epoch} took over")

@@ -77,6 +77,7 @@ class ExchangeStream:
         self._receipts: list[pb.Receipt] = []
         self._nacks: list[pb.Nack] = []
         self._drain: pb.Drain | None = None
+        self._saying = False
         self._sent: dict[tuple[int, int], int] = {}
         self._sent_bytes = 0
         self._wake = asyncio.Event()
@@ -116,8 +117,8 @@ class ExchangeStream:
 
     @property
     def unsaid(self) -> bool:
-        """Whether answers wait to be written."""
-        return bool(self._receipts or self._nacks or self._drain)
+        """Whether answers wait to be written, or are being written."""
+        return bool(self._saying or self._receipts or self._nacks or self._drain)
 
     # The stream.
 
@@ -163,10 +164,7 @@ class ExchangeStream:
                     self._receipted(receipt.block, receipt.step)
             elif kind == "attach":
                 raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "attach: a second one on this stream")
-            else:
-                raise EndOfStream(
-                    grpc.StatusCode.INVALID_ARGUMENT, "kind: the message carries none that is known"
-                )
+            # Other kinds are a later revision's of the protocol, which promises that ignoring them is right.
             while len(self._receipts) + len(self._nacks) > _MOST_ANSWERS:
                 self._room.clear()
                 await self._room.wait()
@@ -233,7 +231,8 @@ class ExchangeStream:
 
     async def _say(self) -> None:
         """Write answers, which need no credit."""
-        while self.unsaid:
+        self._saying = True
+        while self._receipts or self._nacks or self._drain:
             if self._drain is not None:
                 drain, self._drain = self._drain, None
                 await self._context.write(pb.ServiceMessage(drain=drain))
@@ -245,6 +244,7 @@ class ExchangeStream:
                 many = self._max_message_bytes // _NACK_BYTES
                 nacks, self._nacks = self._nacks[:many], self._nacks[many:]
                 await self._context.write(pb.ServiceMessage(nacks=pb.Nacks(nacks=nacks)))
+        self._saying = False
         self._room.set()
 
     def _pushes(self) -> Iterator[PackedBlock]:

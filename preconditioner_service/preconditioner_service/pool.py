@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between attempts to reach an actor that is being restarted."""
 
 _PING_TIMEOUT = 30.0
+_REACH_TIMEOUT = 5.0
 _INLINE_COPY = 256 * 1024
 
 
@@ -216,6 +218,7 @@ class RayPool:
                 "_temp_dir": str(self._directory.path),
             }
         else:
+            _check_reachable(settings.ray_address)
             options = {"address": settings.ray_address}
         import ray  # after the environment is set, which it reads when imported
 
@@ -296,7 +299,7 @@ class RayPool:
             except (self._ray.exceptions.RayError, asyncio.TimeoutError) as error:
                 self._last_error = str(error) or type(error).__name__
                 if isinstance(error, self._ray.exceptions.ActorDiedError):
-                    # For good, although restarts are unlimited: its constructor failed, or the cluster forgot.
+                    # For good, although restarts are unlimited: its constructor failed, or its node left.
                     worker.actor = await self._call(self._make_actor)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -305,6 +308,24 @@ class RayPool:
         if first is not None and not first.done():
             first.set_result(None)
         self._changed()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes to reach a head that is not there.
+
+    Raises:
+        PoolError: nothing answers.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal():
+        return  # "auto", which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_TIMEOUT).close()
+    except OSError as error:
+        raise PoolError(
+            f"Ray at {address} cannot be reached ({error.strerror or error}): is its head running, and is this "
+            "the address that 'ray start' named?"
+        ) from None
 
 
 def deadline(seconds: float) -> float:

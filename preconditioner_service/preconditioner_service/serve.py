@@ -19,7 +19,7 @@ import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import grpc
 import grpc.aio
@@ -216,7 +216,8 @@ class _Run:
 
     def _cannot_listen(self, why: str) -> ServeError:
         return ServeError(
-            f"cannot listen on {self._settings.host} port {self._settings.port} ({why}); --port 0 takes a free one"
+            f"cannot listen on {self._settings.host} port {self._settings.port} ({why}); "
+            "--port 0 takes a free one"
         )
 
     def _listen(self, server: grpc.aio.Server) -> str:

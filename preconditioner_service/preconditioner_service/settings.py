@@ -121,6 +121,16 @@ class ServeSettings(BaseSettings):
         """Arguments (put before these by the CLI), environment, file."""
         return init_settings, _CheckedEnvironment(settings_cls, env_settings), _TomlFile(settings_cls)
 
+    @field_validator("ray_address")
+    @classmethod
+    def _no_ray_client(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith("ray://"):
+            raise ValueError(
+                "ray:// is Ray Client, which copies all data through one process: start the service on a "
+                "node of the cluster and give the address of its head, host:port, or auto"
+            )
+        return address
+
     @field_validator("token")
     @classmethod
     def _long_enough(cls, token: SecretStr | None) -> SecretStr | None:

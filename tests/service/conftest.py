@@ -1,0 +1,141 @@
+"""Real services in real subprocesses, one of them shared by all tests of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from raw_trainer import RawTrainer, wait_for
+
+TOKEN = "a-token-of-the-tests-7f3a"
+PREFIX = "PRECONDITIONER_SERVICE_"
+
+
+class ServiceProcess:
+    def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.log_path = directory / f"{next(_numbers)}.log"
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "preconditioner_service", "serve", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**clean, f"{PREFIX}TOKEN": TOKEN, **(environment or {})},
+                start_new_session=True,
+            )
+        self.line = json.loads(self.process.stdout.readline())
+        self.address = self.line.get("address", "")
+
+    def trainer(self, token: str = TOKEN, **options) -> RawTrainer:
+        return RawTrainer(self.address, token, **options)
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def family(self) -> list[psutil.Process]:
+        """The service and all of Ray's processes."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def workers(self) -> list[psutil.Process]:
+        return [process for process in self.family() if "RootWorker" in " ".join(process.cmdline())]
+
+    def end(self) -> None:
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = self.family()
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+_numbers = itertools.count()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """A zombie that nobody waits for, as in a container without init, is gone too."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def _shared_service(tmp_path_factory):
+    service = ServiceProcess(
+        tmp_path_factory.mktemp("service"),
+        "--num-workers=2",
+        "--session-ttl=2",
+        "--reflection",
+        "--max-blocks=2000",
+        "--max-side=2048",
+        "--max-job-bytes=200000000",
+        "--max-total-bytes=400000000",
+        "--log-level=debug",
+    )
+    assert service.line["event"] == "ready", service.line
+    yield service
+    service.end()
+
+
+@pytest.fixture
+def service(_shared_service):
+    """The shared one. No test may stop it; killing its workers is fine."""
+    assert _shared_service.process.poll() is None, "a test before this one killed the shared service"
+    return _shared_service
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts services of the test's own."""
+    services = []
+
+    def starter(*arguments: str, **options) -> ServiceProcess:
+        services.append(ServiceProcess(tmp_path, *arguments, **options))
+        return services[-1]
+
+    yield starter
+    for service in services:
+        service.end()
+
+
+@pytest.fixture
+def trainer(service):
+    """A connected trainer of the shared service; its session is closed afterwards."""
+    trainer = service.trainer()
+    yield trainer
+    with contextlib.suppress(Exception):
+        trainer.close()
+    trainer.channel.close()
+
+
+@pytest.fixture
+def job(request):
+    """A name of the test's own."""
+    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[:200]
+
+
+@pytest.fixture
+def all_workers(service, trainer):
+    """Waits until every worker of the shared service lives."""
+    wait_for(lambda: trainer.status().workers == 2)

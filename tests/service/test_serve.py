@@ -1,0 +1,180 @@
+"""Processes: the ready line, the end by signal, by the parent's end and by SIGKILL, and lost workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import grpc
+import psutil
+import pytest
+from conftest import TOKEN, gone
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from raw_trainer import manifest, open_request, statistics, wait_for
+
+
+def test_ready_line(service):
+    assert service.line == {"event": "ready", "address": service.address, "pid": service.process.pid}
+    assert service.address.startswith("127.0.0.1:")
+
+
+def test_a_taken_port_is_told_at_once(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        began = time.monotonic()
+        failed = start(f"--port={port}")
+        assert failed.process.wait(30) == 1
+    assert failed.line["event"] == "failed"
+    assert f"port {port}" in failed.line["reason"]
+    assert "--port 0" in failed.line["reason"]
+    assert time.monotonic() - began < 10
+
+
+def test_a_cluster_that_is_not_there(start):
+    failed = start("--ray-address=127.0.0.1:1")
+    assert failed.process.wait(60) == 1
+    assert failed.line["event"] == "failed"
+    assert "127.0.0.1:1" in failed.line["reason"]
+
+
+def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
+    """And the private Ray and its directory are gone, and the ready file was there."""
+    service = start("--num-workers=1", "--drain-grace=30", f"--ready-file={tmp_path / 'ready.json'}")
+    assert json.loads((tmp_path / "ready.json").read_text()) == service.line
+    trainer = service.trainer()
+    trainer.open(open_request("draining", manifest(*[(700, 700)] * 6)))
+    stream = trainer.attach()
+    matrix = statistics(700)
+    for block in range(6):
+        stream.snapshot(block, 1, matrix, matrix)
+    stream.until(lambda: len(stream.receipts) == 6)
+    late = service.trainer()
+    watch = health_pb2_grpc.HealthStub(late.channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    family = service.family()
+    service.process.send_signal(signal.SIGTERM)
+    stream.until(lambda: stream.drains)
+    assert stream.drains[0].grace_seconds == 30
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    if not stream.ended:
+        with pytest.raises(grpc.RpcError) as caught:
+            late.open(open_request("late", manifest((4,))))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    stream.until(lambda: stream.ended)
+    assert stream.code is grpc.StatusCode.UNAVAILABLE
+    assert sorted(stream.versions()) == [(block, 1) for block in range(6)]
+    watch.cancel()
+    assert service.process.wait(30) == 0
+    wait_for(lambda: gone(family), timeout=10)
+    log = service.log()
+    assert "draining" in log
+    assert "complete=True" in log
+
+
+def test_the_services_end_by_sigkill_ends_ray_too(start):
+    service = start("--num-workers=1")
+    family = service.family()
+    assert len(family) > 3
+    os.kill(service.process.pid, signal.SIGKILL)
+    wait_for(lambda: gone(family), timeout=20)
+
+
+_TRAINER = """
+import os, subprocess, sys, time
+read, write = os.pipe()
+service = subprocess.Popen(
+    [sys.executable, "-m", "preconditioner_service", "serve", "--num-workers=1",
+     f"--parent-pid={os.getpid()}"],
+    stdin=read, stdout=subprocess.PIPE, start_new_session=True,
+)
+os.close(read)
+print(service.stdout.readline().decode(), end="", flush=True)
+if os.fork() == 0:  # as a DataLoader worker: it holds the pipe open beyond the trainer's end
+    os.set_inheritable(write, True)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+time.sleep(600)
+"""
+
+
+def test_the_parents_end_by_sigkill_ends_the_service_although_a_child_holds_the_pipe():
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", _TRAINER],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PRECONDITIONER_SERVICE_TOKEN": TOKEN},
+        text=True,
+    )
+    child = None
+    try:
+        ready = json.loads(trainer.stdout.readline())
+        child = int(trainer.stdout.readline())
+        own = psutil.Process(ready["pid"])
+        family = [own, *own.children(recursive=True)]
+        os.kill(trainer.pid, signal.SIGKILL)
+        wait_for(lambda: gone(family), timeout=20)
+        assert psutil.pid_exists(child)
+    finally:
+        trainer.kill()
+        if child is not None:
+            os.kill(child, signal.SIGKILL)
+        trainer.wait()
+        trainer.stdout.close()
+
+
+def test_end_of_file_on_stdin_ends_the_service_without_the_drain(start):
+    service = start("--num-workers=1", f"--parent-pid={os.getpid()}", "--drain-grace=600")
+    trainer = service.trainer()
+    trainer.open(open_request("job", manifest((4,))))
+    stream = trainer.attach(credit_bytes=0, answer=False)
+    stream.snapshot(0, 1, statistics(4))
+    stream.until(lambda: stream.arrived)  # no receipt: a drain would wait for it
+    family = service.family()
+    service.process.stdin.close()
+    assert service.process.wait(15) == 0
+    wait_for(lambda: gone(family), timeout=10)
+    assert 'sign="end of file on stdin"' in service.log()
+
+
+def test_a_worker_killed_at_work_costs_time_only(service, trainer, job, all_workers):
+    trainer.open(open_request(job, manifest(*[(600, 600)] * 12)))
+    stream = trainer.attach()
+    matrix = statistics(600)
+    for block in range(12):
+        stream.snapshot(block, 1, matrix, matrix)
+    stream.until(lambda: stream.arrived)
+    for worker in service.workers():
+        worker.send_signal(signal.SIGKILL)
+    stream.until(lambda: len(stream.arrived) == 12)
+    assert sorted(stream.versions()) == [(block, 1) for block in range(12)]
+    assert not stream.nacks
+    assert '"worker lost"' in service.log() or "worker lost" in service.log()
+    wait_for(lambda: trainer.status().workers == 2)
+
+
+def test_secrets_never_reach_logs(service, trainer, job):
+    wrong = service.trainer(token="another-secret-93ab")
+    with pytest.raises(grpc.RpcError):
+        wrong.status()
+    wrong.channel.close()
+    opened = trainer.open(open_request(job, manifest((4,))))
+    trainer.attach().cancel()
+    wait_for(lambda: f"job={job}" in service.log() and "unauthenticated" in service.log())
+    log = service.log()
+    assert TOKEN not in log
+    assert "another-secret-93ab" not in log
+    assert opened.session_id not in log
+    assert TOKEN not in " ".join(" ".join(process.cmdline()) for process in service.family())
+
+
+def test_the_trainers_words_cannot_forge_log_lines(service, trainer, job):
+    client = 'x" event=forged\n2026-01-01T00:00:00.000Z INFO forged'
+    trainer.open(open_request(job, manifest((4,)), client=client))
+    wait_for(lambda: f"job={job}" in service.log())
+    assert not any(line.endswith("INFO forged") for line in service.log().splitlines())
