@@ -43,7 +43,7 @@ def draw(runs: Sequence[RunResult], path: Path, *, comparison: Comparison | None
             _ages(axes[0, 2], aged, looks)
         for axis in axes[0]:
             axis.grid(alpha=0.25)
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="upper right")
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
@@ -85,9 +85,13 @@ def _losses(
             x = position(reached)
             axis.plot([x], [reached.loss], "o", color=colour, markersize=8)
             axis.annotate(
-                f"{x:,.0f}", (x, reached.loss), xytext=(0, -18), textcoords="offset points", color=colour,
+                f"{x:.1f}" if x < 10 else f"{x:,.0f}",
+                (x, reached.loss),
+                xytext=(0, -18),
+                textcoords="offset points",
+                color=colour,
                 ha="center",
-            )  # fmt: skip
+            )
     if comparison is not None:
         axis.axhline(comparison.target_loss, color="0.45", linewidth=1, linestyle=(0, (4, 3)), label="target")
     if finite:
@@ -102,17 +106,12 @@ def _ages(axis: Axes, runs: Sequence[RunResult], looks: dict[str, tuple[str, str
     named: set[str] = set()
     for run in runs:
         label = run.settings.label
-        colour, style = looks[label]
+        colour, _ = looks[label]
         ages = [np.nan if age is None else age for age in run.steps.age]
         axis.plot(
-            range(1, len(ages) + 1),
-            ages,
-            style,
-            color=colour,
-            linewidth=1,
-            label=None if label in named else label,
+            range(1, len(ages) + 1), ages, color=colour, linewidth=1, label=None if label in named else label
         )
         named.add(label)
     axis.set(xlabel="training steps", ylabel="age of the oldest preconditioner in use (steps)")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=0, top=1.15 * axis.get_ylim()[1])
     axis.set_xlim(left=0)
