@@ -1,0 +1,162 @@
+"""Training goes on, step by step as fast as before, whatever happens to a real service beside it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from preconditioner_client import BlockingConfig, ServiceConfig, Shampoo, StalenessConfig
+from service_process import TOKEN, ServiceProcess, wait_for
+
+
+class Training:
+    """A small real model; every step, forward and backward included, is timed."""
+
+    def __init__(self, address, **staleness):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)
+        )
+        self.x, self.y = torch.randn(8192, 64), torch.randn(8192, 8)
+        self.optimizer = Shampoo(
+            self.model.named_parameters(),
+            lr=1e-3,
+            blocking=BlockingConfig(block_size=128),
+            staleness=StalenessConfig(**{"max_staleness": 100_000, **staleness}),
+            service=ServiceConfig(address=address, token=TOKEN),
+        )
+        self.seconds = []
+
+    def step(self):
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        nn.functional.mse_loss(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+        self.seconds.append(time.perf_counter() - began)
+
+    def adopted(self):
+        return self.optimizer.metrics()["versions_adopted"]
+
+    def until(self, condition, timeout=90.0, what="the condition"):
+        """Train until the condition holds; returns the durations of these steps."""
+        first = len(self.seconds)
+
+        def stepped():
+            self.step()
+            return condition()
+
+        wait_for(stepped, timeout, what)
+        return self.seconds[first:]
+
+    def until_adopted(self, more):
+        goal = self.adopted() + more
+        return self.until(lambda: self.adopted() >= goal, what=f"{more} more versions")
+
+    def for_seconds(self, seconds):
+        end = time.monotonic() + seconds
+        return self.until(lambda: time.monotonic() >= end, timeout=seconds + 60)
+
+
+@pytest.fixture
+def service():
+    with ServiceProcess() as running:
+        yield running
+
+
+@pytest.fixture
+def training(service):
+    run = Training(service.address)
+    yield run
+    run.optimizer.close()
+
+
+def report(name, before, during):
+    slowest_before, slowest_during = max(before) * 1e3, max(during) * 1e3
+    print(
+        f"\n{name}: slowest step {slowest_before:.2f} ms before ({len(before)} steps), "
+        f"{slowest_during:.2f} ms during ({len(during)} steps), ratio {slowest_during / slowest_before:.2f}"
+    )
+    return slowest_during / slowest_before
+
+
+def test_a_killed_service_costs_no_step_time_and_versions_arrive_again(service, training):
+    training.until_adopted(12)
+    before = training.until_adopted(30) + training.for_seconds(5)
+    service.kill()
+    adopted = training.adopted()
+    during = training.for_seconds(5)
+    assert training.optimizer.metrics()["connected"] == 0
+    assert training.adopted() <= adopted + training.optimizer.metrics()["blocks"]
+    service.start()
+    during += training.until_adopted(6)
+    metrics = training.optimizer.metrics()
+    assert metrics["waits"] == 0
+    assert metrics["connections"] >= 2
+    # Starting again takes a core or two for some seconds, which the freeze below does not.
+    assert report("kill -9", before, during) <= 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_frozen_service_costs_no_step_time_within_the_bound(service, training):
+    training.until_adopted(12)
+    before = training.for_seconds(20)
+    service.freeze()
+    during = training.for_seconds(20)
+    service.thaw()
+    metrics = training.optimizer.metrics()
+    assert metrics["waits"] == 0
+    assert report("SIGSTOP for 20 s", before, during) <= 1.5
+    training.until_adopted(3)
+
+
+def test_beyond_the_bound_the_grafted_step_serves_until_the_service_is_back(service):
+    training = Training(service.address, max_staleness=30, policy="graft")
+    try:
+        training.until_adopted(6)
+        service.kill()
+        training.until(lambda: training.optimizer.metrics()["blocks_grafted_stale"] > 0)
+        assert training.optimizer.metrics()["age_max"] <= 30
+        service.start()
+        training.until_adopted(6)
+    finally:
+        training.optimizer.close()
+
+
+def test_waiting_ends_when_the_service_is_back(service):
+    training = Training(service.address, max_staleness=30, policy="wait", stale_timeout=60.0)
+    try:
+        training.until_adopted(6)
+        service.freeze()
+        thawed = []
+
+        # The training thread itself is the one that waits.
+        timer = threading.Timer(3.0, lambda: (service.thaw(), thawed.append(True)))
+        timer.start()
+        training.until(lambda: training.optimizer.metrics()["waits"] > 0)
+        metrics = training.optimizer.metrics()
+        assert thawed
+        assert metrics["wait_timeouts"] == 0
+        assert metrics["age_max"] <= 30
+    finally:
+        training.optimizer.close()
+
+
+def test_training_starts_without_a_service_and_connects_when_it_can(caplog):
+    service = ServiceProcess()
+    training = Training(service.address)
+    try:
+        training.for_seconds(1)
+        assert training.adopted() == 0
+        warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warnings) == 1, [r.getMessage() for r in warnings]
+        assert service.address in warnings[0].getMessage()
+        service.start()
+        training.until_adopted(6)
+    finally:
+        training.optimizer.close()
+        service.stop()

@@ -1,0 +1,114 @@
+"""A real ``preconditioner-service serve`` in a process of its own, to be killed, frozen and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+TOKEN = "a-token-for-tests-only-0123456789"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition, timeout=60.0, what="the condition"):
+    """Poll until ``condition()`` is true; returns its value."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {timeout} s")
+        time.sleep(0.05)
+
+
+class ServiceProcess:
+    """One service on a fixed loopback port. ``start`` returns when it is ready."""
+
+    def __init__(self, workers: int = 1, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.workers = workers
+        self.address = f"127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str] | None = None
+        self._family: list[psutil.Process] = []
+        handle, self._log = tempfile.mkstemp(prefix="service-", suffix=".log")
+        os.close(handle)
+
+    @property
+    def log(self) -> str:
+        return Path(self._log).read_text(errors="replace")
+
+    def start(self) -> ServiceProcess:
+        command = [
+            sys.executable, "-m", "preconditioner_service", "serve",
+            "--port", str(self.port), "--num-workers", str(self.workers),
+        ]  # fmt: skip
+        with Path(self._log).open("a") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, "PRECONDITIONER_SERVICE_TOKEN": TOKEN},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        line = self.process.stdout.readline()
+        assert line, self.log[-3000:]
+        ready = json.loads(line)
+        assert ready["event"] == "ready", line
+        self._family = psutil.Process(self.process.pid).children(recursive=True)
+        return self
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """As a crash would: SIGKILL, without notice."""
+        self.signal(signal.SIGKILL)
+        self.process.wait(30)
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def survivors(self) -> list[psutil.Process]:
+        """Ray's processes that outlived the service."""
+        return [p for p in self._family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.thaw()
+                self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()
+        for straggler in self.survivors():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                straggler.kill()
+        Path(self._log).unlink(missing_ok=True)
+
+    def __enter__(self) -> ServiceProcess:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
