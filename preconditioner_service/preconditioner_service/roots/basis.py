@@ -43,7 +43,8 @@ def eigenbasis(matrix: ArrayLike) -> Eigenbasis:
         ResidualError: LAPACK did not converge.
     """
     stack, n = as_stack(np.asarray(matrix)[None])
-    prepared = prepare(stack, n)
+    with np.errstate(all="ignore"):
+        prepared = prepare(stack, n)
     if prepared.errors:
         raise prepared.errors[0]
     try:

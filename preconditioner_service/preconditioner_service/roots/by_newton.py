@@ -10,8 +10,6 @@ definite. Where rounding left A with eigenvalues below -ridge, that is a retry w
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 from scipy.linalg import lapack
 
@@ -20,44 +18,47 @@ from .errors import IndefiniteError, MethodError, ResidualError, RootError
 from .inputs import Prepared, rounding_level
 from .lanczos import largest_eigenvalue
 from .newton import coupled_newton
+from .order import Order
 from .solution import Solution, escalated, failure
 from .verification import default_bound, probes, residuals
 
 
 def solve(
     prepared: Prepared,
-    order: Fraction,
+    order: Order,
     conditioning: Conditioning,
     residual_bound: float | None,
     retries: int,
-) -> list[Solution | RootError]:
-    """Return a verified root, or the error, of each prepared matrix.
+) -> tuple[Floats, list[Solution | RootError]]:
+    """Return verified roots of the scaled matrices, (b, n, n), and for each how it came about or its error.
 
     Raises:
         MethodError: the conditioning is a pseudo-inverse, for which Newton's method has no equation.
     """
     if conditioning.truncates:
         raise MethodError("schur_newton has no pseudo-inverse; use method eigh or auto, or a ridge")
+    roots_BNN = np.zeros_like(prepared.scaled_BNN)
     outcomes: list[Solution | RootError] = []
-    for scaled_NN, exponent in zip(prepared.scaled_BNN, prepared.exponent_B, strict=True):
+    for i, (scaled_NN, exponent) in enumerate(zip(prepared.scaled_BNN, prepared.exponent_B, strict=True)):
         try:
-            outcomes.append(
-                _solve_one(scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries)
+            roots_BNN[i], solution = _solve_one(
+                scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries
             )
+            outcomes.append(solution)
         except RootError as error:
             outcomes.append(error)
-    return outcomes
+    return roots_BNN, outcomes
 
 
 def _solve_one(
     scaled_NN: Floats,
     exponent: np.int64,
     eps: float,
-    order: Fraction,
+    order: Order,
     conditioning: Conditioning,
     residual_bound: float | None,
     retries: int,
-) -> Solution:
+) -> tuple[Floats, Solution]:
     n = len(scaled_NN)
     unit = float(np.ldexp(1.0, int(exponent)))
     largest = max(largest_eigenvalue(scaled_NN), 0.0)
@@ -83,17 +84,15 @@ def _solve_one(
             continue
         root_NN = np.linalg.matrix_power(unit_root_NN, order.denominator)
         root_NN = (root_NN + root_NN.T) * 0.5
-        with np.errstate(divide="ignore", over="ignore"):
-            smallest = float(np.float64(largest_eigenvalue(unit_root_NN)) ** -order.numerator)
-            condition_1 = np.array([max((largest + ridge) / smallest, 1.0)])
+        smallest_1 = np.array([largest_eigenvalue(unit_root_NN)]) ** -order.numerator
+        condition_1 = np.maximum((largest + ridge) / smallest_1, 1.0)
         bound = float(default_bound(n, condition_1, order)[0]) if residual_bound is None else residual_bound
         start_1NK = probes(n)[None]
         residual = float(residuals(conditioned_NN.__matmul__, root_NN.__matmul__, order, start_1NK)[0])
         if residual <= bound:
-            return Solution(
-                root_NN,
+            return root_NN, Solution(
                 iterations,
-                smallest - ridge,
+                float(smallest_1[0]) - ridge,
                 largest,
                 float(condition_1[0]),
                 ridge,

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 
 from . import spectrum
 from .conditioning import AbsoluteRidge, Conditioning, RelativeRidge, TraceRidge
+from .order import Order
 
 SIZES = (16, 32, 64, 128, 256, 512)
 """Size classes. A larger matrix is taken to behave as 512 does."""
@@ -49,7 +49,7 @@ def calibrate() -> tuple[Timing, ...]:
     return tuple(_timing(n) for n in SIZES)
 
 
-def choose(n: int, order: Fraction, conditioning: Conditioning) -> Literal["eigh", "schur_newton"]:
+def choose(n: int, order: Order, conditioning: Conditioning) -> Literal["eigh", "schur_newton"]:
     """Return the method that is expected to be faster on this host; eigh where only that applies."""
     if conditioning.truncates:
         return "eigh"
@@ -58,7 +58,7 @@ def choose(n: int, order: Fraction, conditioning: Conditioning) -> Literal["eigh
     return "eigh" if timing.eigh + timing.product / 2 <= newton else "schur_newton"
 
 
-def newton_products(order: Fraction, condition: float) -> float:
+def newton_products(order: Order, condition: float) -> float:
     """Return how many matrix products the coupled Newton iteration takes to converge.
 
     Small eigenvalues grow by ((m + 1) / m)^m a step until they reach 1; half a dozen quadratic steps

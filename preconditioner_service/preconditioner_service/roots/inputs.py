@@ -15,8 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from .conditioning import Floats
 from .errors import AsymmetricError, DtypeError, EmptyError, NotFiniteError, RootError, ShapeError
 from .triangles import largest_asymmetry, mirror_upper, symmetrise, unpack
+from .workspace import scratch
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_HARMLESS_SHIFT = 32
+"""Scales of 2^-32 to 2^32 leave so much of float64's range that nothing is gained by scaling."""
 _LARGEST_SHIFT = 1000
 """Powers of two up to this are normal float64 numbers, and so are their inverses."""
 
@@ -26,7 +29,7 @@ class Prepared:
     """The matrices of a stack that can be worked on, and the errors of those that cannot."""
 
     scaled_BNN: Floats
-    """A * 2^-exponent, exactly symmetric, its largest element in [1/2, 1) (or zero)."""
+    """A * 2^-exponent, exactly symmetric; far from overflow and underflow in all that follows."""
     exponent_B: NDArray[np.int64]
     index_B: NDArray[np.intp]
     """Where each stands in the caller's stack."""
@@ -83,7 +86,7 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
     flat = stack.reshape(len(stack), -1)
     largest_B = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
     finite_B = np.isfinite(largest_B)
-    for i in np.flatnonzero(~finite_B):
+    for i in np.flatnonzero(~finite_B) if not finite_B.all() else ():
         count = flat.shape[1] - int(np.count_nonzero(np.isfinite(flat[i])))
         errors[int(i)] = NotFiniteError(
             f"{count} of {flat.shape[1]} elements are NaN or infinite; "
@@ -108,21 +111,27 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
             largest_B, asymmetry_B = largest_B[symmetric_B], asymmetry_B[symmetric_B]
 
     reference_B = np.maximum(largest_B, floor)
-    exponent_B = np.where(reference_B > 0, np.frexp(reference_B)[1], 0).astype(np.int64)
-    scaled_BNN = np.empty((len(stack), n, n))
+    exponent_B = np.frexp(reference_B)[1].astype(np.int64)
+    exponent_B[np.abs(exponent_B) <= _HARMLESS_SHIFT] = 0
+    scaled_BNN = scratch("scaled", len(stack), n)
     if stack.ndim == 3:
-        _shift(stack, -exponent_B, scaled_BNN)
+        np.copyto(scaled_BNN, stack)
+        _shift(scaled_BNN, -exponent_B)
         if asymmetry_B.any():
             symmetrise(scaled_BNN)
     else:
-        unpack(stack, scaled_BNN)
-        _shift(scaled_BNN, -exponent_B, scaled_BNN)
+        packed_BP = stack.astype(np.float64)
+        _shift(packed_BP, -exponent_B)
+        unpack(packed_BP, scaled_BNN)
         mirror_upper(scaled_BNN)
     return Prepared(scaled_BNN, exponent_B, index_B, eps, errors)
 
 
-def _shift(source: NDArray[Any], exponent_B: NDArray[np.int64], out_BNN: Floats) -> None:
-    if np.abs(exponent_B, dtype=np.int64).max(initial=0) <= _LARGEST_SHIFT:
-        np.multiply(source, np.ldexp(1.0, exponent_B)[:, None, None], out=out_BNN)
+def _shift(stack: Floats, exponent_B: NDArray[np.int64]) -> None:
+    if not exponent_B.any():
+        return
+    exponent = exponent_B.reshape(-1, *[1] * (stack.ndim - 1))
+    if np.abs(exponent).max(initial=0) <= _LARGEST_SHIFT:
+        stack *= np.ldexp(1.0, exponent)
     else:
-        np.ldexp(source.astype(np.float64, copy=False), exponent_B[:, None, None], out=out_BNN)
+        np.ldexp(stack, exponent, out=stack)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from fractions import Fraction
 from numbers import Rational
 from typing import Any, Literal
 
@@ -15,11 +14,12 @@ from .calibration import choose
 from .conditioning import Conditioning, RelativeRidge
 from .errors import DtypeError, InputError, MethodError, RootError
 from .inputs import as_stack, prepare
-from .order import as_order
+from .order import Order, as_order
 from .result import Method, Root
 from .unscale import diagnostics, unscale
 
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 16
+"""Of the matrices that are worked on together: few enough to stay in cache between steps."""
 _DEFAULT = RelativeRidge()
 
 
@@ -118,17 +118,18 @@ def inverse_roots(
         chosen = choose(n, order, conditioning)
     size = max(1, _CHUNK_ELEMENTS // (n * n))
     results: list[Root | RootError] = []
-    for start in range(0, len(array), size):
-        results += _chunk(
-            array[start : start + size], n, order, conditioning, chosen, out, residual_bound, retries
-        )
+    # What overflows or is undefined on the way is never returned: a check of its own sees to that.
+    with np.errstate(all="ignore"):
+        for start in range(0, len(array), size):
+            chunk = array[start : start + size]
+            results += _chunk(chunk, n, order, conditioning, chosen, out, residual_bound, retries)
     return results
 
 
 def _chunk(
     chunk: NDArray[Any],
     n: int,
-    order: Fraction,
+    order: Order,
     conditioning: Conditioning,
     method: Literal["eigh", "schur_newton"],
     dtype: np.dtype[Any],
@@ -138,19 +139,19 @@ def _chunk(
     began = time.perf_counter()
     prepared = prepare(chunk, n, conditioning.floor)
     solve = by_eigh.solve if method == "eigh" else by_newton.solve
-    solutions = solve(prepared, order, conditioning, residual_bound, retries)
+    root_BNN, outcomes = solve(prepared, order, conditioning, residual_bound, retries)
     results: dict[int, Root | RootError] = dict(prepared.errors)
-    matrices = [
-        unscale(s, e, order, dtype) for s, e in zip(solutions, prepared.exponent_B.tolist(), strict=True)
-    ]
+    for k, outcome in enumerate(outcomes):
+        if isinstance(outcome, RootError):
+            root_BNN[k] = 0.0
+    matrix_BNN, misfits = unscale(root_BNN, prepared.exponent_B, order, dtype)
     seconds = (time.perf_counter() - began) / len(chunk)
     for k, i in enumerate(prepared.index_B.tolist()):
-        solution, matrix = solutions[k], matrices[k]
-        if isinstance(solution, RootError):
-            results[i] = solution
-        elif isinstance(matrix, RootError):
-            results[i] = matrix
+        outcome = misfits.get(k, outcomes[k])
+        if isinstance(outcome, RootError):
+            results[i] = outcome
         else:
-            unit = int(prepared.exponent_B[k])
-            results[i] = Root(matrix, diagnostics(solution, unit, conditioning.truncates, method, seconds))
+            exponent = int(prepared.exponent_B[k])
+            figures = diagnostics(outcome, exponent, conditioning.truncates, method, seconds)
+            results[i] = Root(matrix_BNN[k], figures)
     return [results[i] for i in range(len(chunk))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from numbers import Rational
+from typing import NamedTuple
 
 from .errors import OrderError
 
@@ -14,8 +15,20 @@ LARGEST_TERM = 1024
 _FLOAT_ULPS = 4
 
 
-def as_order(p: float | Rational) -> Fraction:
-    """Return p as a fraction a/b in lowest terms.
+class Order(NamedTuple):
+    """p = numerator / denominator > 0, in lowest terms."""
+
+    numerator: int
+    denominator: int
+
+    @property
+    def exponent(self) -> float:
+        """-1/p."""
+        return -self.denominator / self.numerator
+
+
+def as_order(p: float | Rational) -> Order:
+    """Return p in lowest terms.
 
     A float such as 4/3 stands for the simplest fraction that rounds to it.
 
@@ -37,6 +50,6 @@ def as_order(p: float | Rational) -> Fraction:
             )
     else:
         order = Fraction(p)
-    if not 0 < max(order.numerator, order.denominator) <= LARGEST_TERM or order.numerator == 0:
+    if not 0 < order.numerator <= LARGEST_TERM or order.denominator > LARGEST_TERM:
         raise OrderError(f"p = {p} has a term beyond {LARGEST_TERM}; use a nearby simpler fraction")
-    return order
+    return Order(order.numerator, order.denominator)

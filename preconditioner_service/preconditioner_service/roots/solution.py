@@ -6,16 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .conditioning import Floats
-
 _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(slots=True)
 class Solution:
-    """A verified root of a scaled matrix. The fields mean what those of `Diagnostics` mean."""
+    """How the verified root of a scaled matrix came about. Fields mean what those of `Diagnostics` do."""
 
-    root_NN: Floats
     iterations: int
     smallest: float
     largest: float

@@ -1,11 +1,13 @@
 """Symmetric storage: packed upper triangles, mirroring, and how far a matrix is from its transpose.
 
-A transposed pass over a large matrix misses the cache at every element, so all of these go by tiles.
-Packed order is that of the wire: the upper triangle row by row, a00 a01 .. a0n a11 .. ann.
+A transposed pass over a large matrix misses the cache at every element, so all of these go by strips of
+rows whose transposes stay in cache. Packed order is that of the wire: the upper triangle row by row,
+a00 a01 .. a0n a11 .. ann.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,14 @@ from numpy.typing import NDArray
 
 from .conditioning import Floats
 
-_TILE = 128
-"""Two float64 tiles of 128 x 128 take 256 KiB and stay in a second-level cache."""
+_STRIP = 64
 
 
-def unpack(packed_BP: NDArray[Any], out_BNN: Floats) -> None:
-    """Write packed upper triangles into the upper triangles of out_BNN; the rest becomes zero."""
+def unpack(packed_BP: NDArray[Any], out_BNN: NDArray[Any]) -> None:
+    """Write packed upper triangles into the upper triangles of out_BNN; the rest is left as it is."""
     n = out_BNN.shape[1]
     start = 0
     for row in range(n):
-        out_BNN[:, row, :row] = 0.0
         out_BNN[:, row, row:] = packed_BP[:, start : start + n - row]
         start += n - row
 
@@ -35,49 +35,40 @@ def pack(matrix_NN: NDArray[Any]) -> NDArray[Any]:
 def mirror_upper(stack_BNN: NDArray[Any]) -> None:
     """Copy the upper triangles onto the lower ones, in place: exactly symmetric from then on."""
     n = stack_BNN.shape[1]
-    for i in range(0, n, _TILE):
-        rows = slice(i, i + _TILE)
-        diagonal = stack_BNN[:, rows, rows]
-        lower = _strictly_lower(diagonal.shape[1])
-        np.copyto(diagonal, diagonal.transpose(0, 2, 1).copy(), where=lower)
-        for j in range(i + _TILE, n, _TILE):
-            columns = slice(j, j + _TILE)
-            stack_BNN[:, columns, rows] = stack_BNN[:, rows, columns].transpose(0, 2, 1)
+    for start in range(0, n, _STRIP):
+        end = start + _STRIP
+        square_BSS = stack_BNN[:, start:end, start:end]
+        lower_SS = _strictly_lower(square_BSS.shape[1])
+        np.copyto(square_BSS, square_BSS.transpose(0, 2, 1).copy(), where=lower_SS)
+        stack_BNN[:, end:, start:end] = stack_BNN[:, start:end, end:].transpose(0, 2, 1)
 
 
 def symmetrise(stack_BNN: Floats) -> None:
     """Replace each matrix by (A + A^T) / 2, in place. Elements must be far from overflow."""
     n = stack_BNN.shape[1]
-    for i in range(0, n, _TILE):
-        rows = slice(i, i + _TILE)
-        for j in range(i, n, _TILE):
-            columns = slice(j, j + _TILE)
-            mean = stack_BNN[:, rows, columns] + stack_BNN[:, columns, rows].transpose(0, 2, 1)
-            mean *= 0.5
-            stack_BNN[:, rows, columns] = mean
-            stack_BNN[:, columns, rows] = mean.transpose(0, 2, 1)
+    for start in range(0, n, _STRIP):
+        end = start + _STRIP
+        mean_BSM = stack_BNN[:, start:end, start:] + stack_BNN[:, start:, start:end].transpose(0, 2, 1)
+        mean_BSM *= 0.5
+        stack_BNN[:, start:end, start:] = mean_BSM
+        stack_BNN[:, start:, start:end] = mean_BSM.transpose(0, 2, 1)
 
 
 def largest_asymmetry(stack_BNN: NDArray[Any]) -> Floats:
     """Return the largest |a_ij - a_ji| of each matrix, (b,)."""
-    n = stack_BNN.shape[1]
-    largest_B = np.zeros(len(stack_BNN))
-    with np.errstate(over="ignore"):
-        for i in range(0, n, _TILE):
-            rows = slice(i, i + _TILE)
-            for j in range(i, n, _TILE):
-                columns = slice(j, j + _TILE)
-                difference = stack_BNN[:, rows, columns] - stack_BNN[:, columns, rows].transpose(0, 2, 1)
-                tile_B = np.maximum(difference.max(axis=(1, 2)), -difference.min(axis=(1, 2)))
-                np.maximum(largest_B, tile_B, out=largest_B)
+    count, n = stack_BNN.shape[:2]
+    largest_B: Floats = np.zeros(count)
+    if count == 0:
+        return largest_B
+    for start in range(0, n, _STRIP):
+        end = start + _STRIP
+        strip_BMS = stack_BNN[:, start:, start:end]
+        difference_BMS = strip_BMS - stack_BNN[:, start:end, start:].transpose(0, 2, 1)
+        np.abs(difference_BMS, out=difference_BMS)
+        np.maximum(largest_B, difference_BMS.reshape(count, -1).max(axis=1), out=largest_B)
     return largest_B
 
 
-_masks: dict[int, NDArray[np.bool_]] = {}
-
-
+@lru_cache(maxsize=_STRIP)
 def _strictly_lower(n: int) -> NDArray[np.bool_]:
-    mask = _masks.get(n)
-    if mask is None:
-        mask = _masks[n] = np.tri(n, k=-1, dtype=np.bool_)
-    return mask
+    return np.tri(n, k=-1, dtype=np.bool_)

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RangeError, RootError
+from .conditioning import Floats
+from .errors import RangeError
+from .order import Order
 from .result import Diagnostics
 from .solution import Solution
 
 _LARGEST_SHIFT = 1000
+_LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
+_LOG2_TINY = {dtype: math.log2(limits.tiny) for dtype, limits in _LIMITS.items()}
 
 
 def unscale(
-    solution: Solution | RootError, exponent: int, order: Fraction, dtype: np.dtype[Any]
-) -> NDArray[Any] | RootError:
-    """Return the (n, n) root of the matrix as it came, or the error that stands in its place."""
-    if isinstance(solution, RootError):
-        return solution
-    root_NN = solution.root_NN
-    shift = -exponent / float(order)
+    root_BNN: Floats, exponent_B: NDArray[np.int64], order: Order, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], dict[int, RangeError]]:
+    """Return the roots of the matrices as they came, (b, n, n), and errors for those that do not fit."""
+    out_BNN = np.empty(root_BNN.shape, dtype)
+    errors: dict[int, RangeError] = {}
     # The largest element of a positive semi-definite matrix stands on its diagonal.
-    top = float(root_NN.diagonal().max())
-    limits = np.finfo(dtype)
-    if top > 0 and not math.log2(limits.tiny) <= math.log2(top) + shift < limits.maxexp:
-        decades = (math.log2(top) + shift) * math.log10(2.0)
-        way_out = "ask for float64" if dtype == np.float32 else "rescale the statistics"
-        return RangeError(
-            f"the root's largest element, 1e{decades:.1f}, is out of the range of {dtype}; {way_out}"
-        )
-    matrix_NN = np.empty(root_NN.shape, dtype)
-    if abs(shift) > _LARGEST_SHIFT:
-        root_NN, shift = root_NN * 2.0 ** (shift / 2), shift / 2
-    with np.errstate(under="ignore"):
-        np.multiply(root_NN, 2.0**shift, out=matrix_NN, casting="same_kind")
-    return matrix_NN
+    top_B = np.diagonal(root_BNN, axis1=1, axis2=2).max(axis=1).tolist()
+    shift_B = (exponent_B * order.exponent).tolist()
+    for i, (top, shift) in enumerate(zip(top_B, shift_B, strict=True)):
+        if top > 0 and not _LOG2_TINY[dtype] <= math.log2(top) + shift < _LIMITS[dtype].maxexp:
+            decades = (math.log2(top) + shift) * math.log10(2.0)
+            way_out = "ask for float64" if dtype == np.float32 else "rescale the statistics"
+            errors[i] = RangeError(
+                f"the root's largest element, 1e{decades:.1f}, is out of the range of {dtype}; {way_out}"
+            )
+            continue
+        root_NN = root_BNN[i]
+        if abs(shift) > _LARGEST_SHIFT:
+            shift /= 2.0
+            root_NN = root_NN * 2.0**shift
+        if shift == 0.0:
+            np.copyto(out_BNN[i], root_NN, casting="same_kind")
+        else:
+            np.multiply(root_NN, 2.0**shift, out=out_BNN[i], casting="same_kind")
+    return out_BNN, errors
 
 
 def diagnostics(
