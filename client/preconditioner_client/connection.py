@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 
 from preconditioner_client.exchange import ExchangeError
-from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_config import ServiceConfig, is_loopback
 from preconditioner_protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
@@ -66,6 +66,9 @@ def open_channel(
     """
     config.check_address(address)
     options = [*_OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
+    if is_loopback(address):
+        # A proxy (http_proxy), which gRPC otherwise asks for every address, cannot reach this machine.
+        options.append(("grpc.enable_http_proxy", 0))
     if config.tls:
         credentials = grpc.ssl_channel_credentials(
             root_certificates=_read(config.tls_ca, "tls_ca"),

@@ -285,6 +285,7 @@ def _abandon_all() -> None:
     for service in _live:
         service.abandon()
     _live.clear()
+    EmbeddedEndpoint._guard = threading.Lock()  # another thread may have held it when the fork happened
 
 
 os.register_at_fork(after_in_child=_abandon_all)

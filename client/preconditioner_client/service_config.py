@@ -103,8 +103,7 @@ class ServiceConfig:
         Raises:
             ValueError: with the value and the way out.
         """
-        host = _host_of(address)
-        if not (self.tls or self.allow_plaintext or _is_loopback(host)):
+        if not (is_loopback(address) or self.tls or self.allow_plaintext):
             raise ValueError(
                 f"{address!r} is not on loopback and TLS is off: token and matrices would travel in the "
                 f"clear. Set tls=True (with tls_ca for a private authority), or allow_plaintext=True if the "
@@ -200,7 +199,13 @@ def _host_of(address: str) -> str:
     return host[1:-1] if bracketed else host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` never leaves this machine.
+
+    Raises:
+        ValueError: it is no such address.
+    """
+    host = _host_of(address)
     if host == "localhost":
         return True
     try:

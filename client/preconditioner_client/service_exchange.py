@@ -123,20 +123,16 @@ class _Background:
         if self._owner == os.getpid():
             self._mailbox.stop()
 
-    def hurry(self) -> None:
-        """Let everything end, a stream within half of the time for closing."""
-        if self._owner == os.getpid():
-            self._mailbox.stop()
-            self.supervisor.interrupt(self._close_timeout / 2)
-
     def close(self) -> None:
         """End everything, waiting for it within bounds."""
         if self._owner != os.getpid():
             return
-        self.hurry()
-        if not self.supervisor.join(self._close_timeout):
+        self.leave()
+        self.supervisor.interrupt_unary()
+        # No timer cuts the stream here: at interpreter exit no thread can be started any more.
+        if not self.supervisor.join(self._close_timeout / 2):
             self.supervisor.interrupt(0)
-            if not self.supervisor.join(_SERVICE_END_SECONDS):
+            if not self.supervisor.join(self._close_timeout / 2 + _SERVICE_END_SECONDS):
                 logger.warning("the background thread of the preconditioner service does not end")
 
 
@@ -144,6 +140,6 @@ class _Background:
 def _close_all() -> None:
     live = list(_live)
     for background in live:
-        background.hurry()
+        background.leave()
     for background in live:
         background.close()

@@ -116,6 +116,7 @@ class Supervisor:
         self._active: Stream | grpc.Future | None = None
         self._opened: pb.OpenSessionResponse | None = None
         self._opened_at = ""
+        self._attached_at: float | None = None
         self._logged: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="preconditioner-exchange", daemon=True)
 
@@ -128,7 +129,13 @@ class Supervisor:
         active = self._active
         if isinstance(active, Stream):
             active.retire(grace)
-        elif active is not None:
+        else:
+            self.interrupt_unary()
+
+    def interrupt_unary(self) -> None:
+        """Let go of what is under way unless it is a stream, which ends by itself in good times."""
+        active = self._active
+        if active is not None and not isinstance(active, Stream):
             active.cancel()
 
     def join(self, timeout: float) -> bool:
@@ -153,10 +160,11 @@ class Supervisor:
     def _serve(self, order: Order) -> None:
         """Keep one session going until it is replaced, stopped or superseded."""
         self._opened = None
+        self._logged.clear()
         request = open_request(order.spec)
         backoff = Backoff()
         while self._mailbox.order is order:
-            began = time.monotonic()
+            self._attached_at = None
             try:
                 place = self._endpoint.locate(_LOCATE_SECONDS)
                 if place is None:
@@ -170,7 +178,7 @@ class Supervisor:
                 failure = Failure(Outcome.RETRY, "unexpected error")
             if self._mailbox.order is not order:
                 return
-            if time.monotonic() - began > _STEADY_SECONDS and failure.outcome is Outcome.RETRY:
+            if self._attached_at is not None and time.monotonic() - self._attached_at > _STEADY_SECONDS:
                 backoff.reset()
             if not self._judge(order, failure):
                 return
@@ -188,9 +196,10 @@ class Supervisor:
             logger.info("%s; it is opened again", failure.message)
             self._opened = None
             return True
-        if not self._mailbox.fail(order, failure.message) and failure.message not in self._logged:
+        if failure.message not in self._logged:
             self._logged.add(failure.message)
-            logger.error("%s", failure.message)
+            if not self._mailbox.fail(order, failure.message):
+                logger.error("%s", failure.message)
         if failure.outcome is Outcome.REFUSED:
             self._opened = None
             return True
@@ -270,6 +279,7 @@ class Supervisor:
 
     def _attached(self) -> None:
         logger.info("connected to the preconditioner service at %s", self._opened_at)
+        self._attached_at = time.monotonic()
         self._warned = False
         self._logged.clear()
 

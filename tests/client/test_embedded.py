@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -69,8 +70,8 @@ def test_it_is_ready_with_address_and_token(start):
     assert environment["PRECONDITIONER_SERVICE_TOKEN"] == service.token
     assert service.token not in " ".join(process.cmdline())
     assert os.getsid(process.pid) == process.pid  # the terminal's Ctrl-C is not for it
-    until(lambda: b"something on stderr" in service.log_path.read_bytes())
-    assert b"and later" in service.log_path.read_bytes()
+    for line in (b"something on stderr", b"and later"):
+        until(lambda line=line: line in service.log_path.read_bytes())
     service.close()
     assert not process.is_running()
     assert not service.log_path.parent.exists()
@@ -240,3 +241,32 @@ def test_a_service_that_cannot_start_is_raised_by_collect(monkeypatch):
         assert exchange.collect(1) == []
     finally:
         exchange.close()
+
+
+TRAINER = """
+import sys
+from preconditioner_client import embedded
+from preconditioner_client.exchange import BlockSpec, SessionSpec
+from preconditioner_client.config import Ridge
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_exchange import ServiceExchange
+
+embedded._command = lambda workers: [sys.executable, "-c", sys.argv[1]]
+exchange = ServiceExchange(ServiceConfig())
+exchange.open(SessionSpec("trainer", 1, (BlockSpec("a", (3,), (2.0,), Ridge()),)))
+service = exchange._background.supervisor._endpoint.service
+while service.locate(1) is None:
+    pass
+print(service.pid, flush=True)
+"""
+
+
+def test_a_trainer_that_just_ends_takes_the_service_with_it():
+    began = time.monotonic()
+    trainer = subprocess.run(
+        [sys.executable, "-c", TRAINER, textwrap.dedent(READY)], capture_output=True, text=True, timeout=60
+    )
+    assert trainer.returncode == 0, trainer.stderr
+    assert not psutil.pid_exists(int(trainer.stdout))
+    assert "Traceback" not in trainer.stderr
+    assert time.monotonic() - began < 40

@@ -542,6 +542,14 @@ def test_an_unreachable_service_is_warned_of_once_and_found_later(connect, caplo
         front.stop()
 
 
+def test_a_proxy_is_not_asked_for_loopback(front, connect, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    opened(connect(front.address), session())
+
+
 def test_tls_on_one_side_only_is_told_at_construction(connect, certificates):
     credentials = grpc.ssl_server_credentials([(certificates.key, certificates.chain)])
     secure, plain = FakeFront(credentials=credentials), FakeFront()

@@ -198,8 +198,8 @@ class FakeFront(rpc.PreconditionerServiceServicer):
         context.add_callback(lambda: stream.end(grpc.StatusCode.CANCELLED))
         threading.Thread(target=stream.read, args=(requests,), daemon=True).start()
         if not self.mute:
-            yield pb.ServiceMessage(attached=pb.Attached(epoch=attach.epoch))
             self.streams.append(stream)
+            yield pb.ServiceMessage(attached=pb.Attached(epoch=attach.epoch))
         for message in stream.messages():
             if isinstance(message, tuple):
                 stream.over.set()
