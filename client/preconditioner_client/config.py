@@ -17,6 +17,8 @@ class Grafting(str, enum.Enum):
     ADAGRAD = "adagrad"
     RMSPROP = "rmsprop"
     ADAM = "adam"
+    LARS = "lars"
+    LAMB = "lamb"
 
 
 class Accumulation(str, enum.Enum):
@@ -87,11 +89,16 @@ class GraftingConfig:
         method: ``none`` takes the preconditioned gradient as it is.
         beta2: decay of the second moment, for ``rmsprop`` (torch calls it alpha) and ``adam``.
         epsilon: added to the root of the second moment.
+        trust_coefficient: eta of ``lars``.
+        blend_steps: over how many steps after its first version a block's direction passes linearly from the
+            diagonal to the preconditioned one; 0: at once.
     """
 
     method: Grafting = Grafting.ADAM
     beta2: float = 0.999
     epsilon: float = 1e-8
+    trust_coefficient: float = 1e-3
+    blend_steps: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", Grafting(self.method))
@@ -100,6 +107,11 @@ class GraftingConfig:
             self.epsilon >= 0 and math.isfinite(self.epsilon),
             f"grafting epsilon must be finite and >= 0, not {self.epsilon}",
         )
+        _require(
+            self.trust_coefficient > 0 and math.isfinite(self.trust_coefficient),
+            f"grafting trust_coefficient must be finite and > 0, not {self.trust_coefficient}",
+        )
+        _require(self.blend_steps >= 0, f"blend_steps must be >= 0, not {self.blend_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +123,13 @@ class StatisticsConfig:
             G Gᵀ``.
         beta: decay of the EMA.
         bias_correction: divide the EMA by ``1 - beta^t`` before its root.
+        every: steps between two accumulations, >= 1.
     """
 
     accumulation: Accumulation = Accumulation.EMA
     beta: float = 0.999
     bias_correction: bool = True
+    every: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "accumulation", Accumulation(self.accumulation))
@@ -123,6 +137,7 @@ class StatisticsConfig:
             0 <= self.beta < 1,
             f"statistics beta must be in [0, 1), not {self.beta}; for a sum use accumulation='sum'",
         )
+        _require(self.every >= 1, f"statistics every must be >= 1 step, not {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from preconditioner_client.grafting import owns_weight_decay
+
 
 def check_parameter(parameter: torch.Tensor, name: str) -> None:
     """Refuse parameters that have no Kronecker statistics here.
@@ -31,7 +33,9 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
     Raises:
         RuntimeError: a sparse gradient.
     """
-    coupled = group["weight_decay"] if not group["decoupled_weight_decay"] else 0.0
+    coupled = 0.0
+    if not group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
+        coupled = group["weight_decay"]
     gradients: list[torch.Tensor | None] = []
     for parameter, name in zip(group["params"], names, strict=True):
         gradient = parameter.grad

@@ -11,7 +11,13 @@ sgd       none                                   m
 adagrad   v <- v + g²                            m / (sqrt(v) + eps)
 rmsprop   v <- beta2 v + (1 - beta2) g²          m / (sqrt(v) + eps)
 adam      as rmsprop                             m / (sqrt(v / (1 - beta2^t)) + eps)
+lars      none                                   eta ||w|| / (||m|| + lambda ||w||) (m + lambda w)
+lamb      as rmsprop                             ||w|| / ||r|| r,  r = adam's d + lambda w
 ========  =====================================  ==========================================
+
+LARS is that of arXiv 1708.03888 with its momentum left to the optimizer's, LAMB that of arXiv 1904.00962 with
+phi the identity; norms are taken per parameter, the ratio is 1 where a norm is 0, and lambda is the group's
+weight decay, which is then part of the direction and not applied a second time.
 
 ``none`` and ``sgd`` differ in what happens to a preconditioned block: ``none`` takes the preconditioned
 gradient as it is, ``sgd`` gives it the length of m.
@@ -28,7 +34,12 @@ from preconditioner_client.config import Grafting, GraftingConfig
 
 def needs_second_moment(config: GraftingConfig) -> bool:
     """Whether the method keeps a second moment per parameter."""
-    return config.method in (Grafting.ADAGRAD, Grafting.RMSPROP, Grafting.ADAM)
+    return config.method in (Grafting.ADAGRAD, Grafting.RMSPROP, Grafting.ADAM, Grafting.LAMB)
+
+
+def owns_weight_decay(config: GraftingConfig) -> bool:
+    """Whether the method has weight decay within its direction."""
+    return config.method in (Grafting.LARS, Grafting.LAMB)
 
 
 def update_second_moments(
@@ -47,6 +58,8 @@ def directions(
     filtered: Sequence[torch.Tensor],
     moments: list[torch.Tensor],
     steps: Sequence[int],
+    weights: Sequence[torch.Tensor],
+    weight_decay: float,
 ) -> list[torch.Tensor]:
     """d of every parameter, in new tensors.
 
@@ -55,11 +68,43 @@ def directions(
         filtered: m, any shapes.
         moments: v, as advanced by this step's gradients; empty if the method keeps none.
         steps: number t >= 1 of updates of each parameter, this one included.
+        weights: w, in the dtype of m; read by ``lars`` and ``lamb`` only.
+        weight_decay: lambda of ``lars`` and ``lamb``.
     """
+    if config.method is Grafting.LARS:
+        return _lars(config, filtered, weights, weight_decay)
     if not needs_second_moment(config):
         return [m.clone() for m in filtered]
     denominators = list(torch._foreach_sqrt(moments))
-    if config.method is Grafting.ADAM:
+    if config.method in (Grafting.ADAM, Grafting.LAMB):
         torch._foreach_div_(denominators, [(1 - config.beta2**t) ** 0.5 for t in steps])
     torch._foreach_add_(denominators, config.epsilon)
-    return list(torch._foreach_div(list(filtered), denominators))
+    result = list(torch._foreach_div(list(filtered), denominators))
+    if config.method is Grafting.LAMB:
+        torch._foreach_add_(result, list(weights), alpha=weight_decay)
+        own = torch._foreach_norm(result)
+        torch._foreach_mul_(result, _ratios(torch._foreach_norm(list(weights)), own))
+    return result
+
+
+def _lars(
+    config: GraftingConfig,
+    filtered: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    weight_decay: float,
+) -> list[torch.Tensor]:
+    weight_norms = torch._foreach_norm(list(weights))
+    denominators = list(torch._foreach_mul(weight_norms, weight_decay))
+    torch._foreach_add_(denominators, torch._foreach_norm(list(filtered)))
+    ratios = _ratios(torch._foreach_mul(weight_norms, config.trust_coefficient), denominators)
+    result = list(torch._foreach_add(list(filtered), list(weights), alpha=weight_decay))
+    torch._foreach_mul_(result, ratios)
+    return result
+
+
+def _ratios(numerators: Sequence[torch.Tensor], denominators: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Elementwise quotients of scalars, 1 where either is 0."""
+    return [
+        torch.where((a > 0) & (b > 0), a / b, torch.ones_like(a))
+        for a, b in zip(numerators, denominators, strict=True)
+    ]

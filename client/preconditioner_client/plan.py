@@ -15,6 +15,15 @@ from preconditioner_client.exchange import BlockSpec
 from preconditioner_client.stack import BlockStack, Member
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """What a group's blocks are made with."""
+
+    blocking: BlockingConfig
+    statistics: StatisticsConfig
+    root: RootConfig
+
+
 @dataclass(slots=True)
 class StackPlan:
     """A stack and where its rows stand among all blocks of the optimizer.
@@ -45,6 +54,7 @@ class GroupPlan:
     """Blocks of one parameter group.
 
     Attributes:
+        settings: as they were when the group was planned.
         names: of the parameters, for messages.
         partitions: of the parameters.
         stacks: of all blocks, grouped by shape, device and preconditioned dimensions.
@@ -52,6 +62,7 @@ class GroupPlan:
         rows: for each parameter and each block of its partition, ``(stack, row)``.
     """
 
+    settings: GroupSettings
     names: list[str]
     partitions: list[Partition]
     stacks: list[StackPlan]
@@ -59,19 +70,19 @@ class GroupPlan:
     rows: list[list[tuple[StackPlan, int]]]
 
 
-def plan_group(group: dict[str, Any], names: list[str], first_block: int) -> GroupPlan:
+def plan_group(
+    settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str], first_block: int
+) -> GroupPlan:
     """Cut the parameters of a group and stack equal blocks.
 
     Args:
-        group: a parameter group with ``params``, ``blocking``, ``statistics`` and ``root``.
+        settings: of the group.
+        parameters: of the group, where they will stay.
         names: one for each parameter.
         first_block: index in the session's blocks that the group's first block gets.
     """
-    blocking: BlockingConfig = group["blocking"]
-    statistics: StatisticsConfig = group["statistics"]
-    root: RootConfig = group["root"]
-    parameters: list[torch.Tensor] = group["params"]
-    partitions = [partition(tuple(p.shape), blocking) for p in parameters]
+    root = settings.root
+    partitions = [partition(tuple(p.shape), settings.blocking) for p in parameters]
 
     kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
     for index, (parameter, cut) in enumerate(zip(parameters, partitions, strict=True)):
@@ -79,9 +90,9 @@ def plan_group(group: dict[str, Any], names: list[str], first_block: int) -> Gro
             kind = (place.shape, cut.preconditioned, parameter.device)
             kinds[kind].append(Member(index, number, cut.merged, place))
 
-    plan = GroupPlan(names, partitions, [], [], [[] for _ in parameters])
+    plan = GroupPlan(settings, list(names), partitions, [], [], [[] for _ in parameters])
     for (_, preconditioned, device), members in kinds.items():
-        stack = BlockStack(members, preconditioned, statistics, device)
+        stack = BlockStack(members, preconditioned, settings.statistics, device)
         entry = StackPlan(stack, first_block + len(plan.specs))
         plan.stacks.append(entry)
         order = root.root_order(len(preconditioned))

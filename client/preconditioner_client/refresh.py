@@ -55,6 +55,8 @@ class Refresher:
         self._last_snapshot: Steps = np.empty(0, dtype=np.int64)
         # A block whose last snapshot was refused is not waited for: the next statistics may do.
         self._refused: Mask = np.empty(0, dtype=np.bool_)
+        # Step of the first adoption, from which a block's direction may be blended in.
+        self.first_adopted: Steps = np.empty(0, dtype=np.int64)
         self.extend(costs, 0)
         self._generation = 0
         self._breaker_open = False
@@ -86,6 +88,7 @@ class Refresher:
         begin: Steps = self._phases(costs) - self.config.interval + step
         self.versions = np.concatenate([self.versions, never])
         self._outstanding = np.concatenate([self._outstanding, never])
+        self.first_adopted = np.concatenate([self.first_adopted, never])
         self._last_snapshot = np.concatenate([self._last_snapshot, begin])
         self._refused = np.concatenate([self._refused, np.zeros(count, dtype=np.bool_)])
 
@@ -154,9 +157,12 @@ class Refresher:
             "breaker_open": self._breaker_open,
         }
 
-    def restore(self, versions: Sequence[int], last_snapshots: Sequence[int]) -> None:
-        """Continue from a checkpoint: the versions in use and when each block was last taken."""
+    def restore(
+        self, versions: Sequence[int], first_adopted: Sequence[int], last_snapshots: Sequence[int]
+    ) -> None:
+        """Continue from a checkpoint: versions in use, since when, and when each block was last taken."""
         self.versions[:] = versions
+        self.first_adopted[:] = first_adopted
         self._last_snapshot[:] = last_snapshots
         self._outstanding[:] = NEVER
         self._refused[:] = False
@@ -214,6 +220,8 @@ class Refresher:
         for arrival in adopted.values():
             block = arrival.block
             self.versions[block] = arrival.step
+            if self.first_adopted[block] == NEVER:
+                self.first_adopted[block] = step
             self._refused[block] = False
             if self._outstanding[block] <= arrival.step:
                 self._outstanding[block] = NEVER

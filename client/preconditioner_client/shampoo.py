@@ -12,9 +12,7 @@ For each block of a parameter with gradient G (arXiv 1802.09568, arXiv 2002.0901
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, cast, overload
 
 import torch
@@ -23,21 +21,23 @@ from torch.optim import Optimizer
 from preconditioner_client import checkpoint
 from preconditioner_client.config import (
     BlockingConfig,
-    Grafting,
     GraftingConfig,
     RootConfig,
     StalenessConfig,
     StatisticsConfig,
 )
-from preconditioner_client.connect import make_exchange
-from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
+from preconditioner_client.engine import Engine
+from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
-from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
-from preconditioner_client.plan import GroupPlan, StackPlan, plan_group
-from preconditioner_client.refresh import Mask, Refresher
+from preconditioner_client.grafting import (
+    directions,
+    needs_second_moment,
+    owns_weight_decay,
+    update_second_moments,
+)
+from preconditioner_client.plan import GroupPlan, GroupSettings
+from preconditioner_client.refresh import Mask
 from preconditioner_client.service_config import ServiceConfig
-
-logger = logging.getLogger("preconditioner_client")
 
 Tensors = list[torch.Tensor]
 MaybeTensors = list[torch.Tensor | None]
@@ -92,12 +92,7 @@ class Shampoo(Optimizer):
         service: str | ServiceConfig | Exchange | None = None,
         job: str | None = None,
     ) -> None:
-        self._plans: list[GroupPlan] = []
-        self._step = 0
-        self._epoch = time.time_ns() // 1000
-        self._staleness = staleness or StalenessConfig()
-        self._refresher = Refresher(self._staleness, [], self._snapshots, self._adopt)
-        self._exchange: Exchange | None = None
+        self._engine: Engine | None = None
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -113,8 +108,8 @@ class Shampoo(Optimizer):
             "root": root or RootConfig(),
         }
         super().__init__(params, defaults)
-        # Last, so that no process is started for settings that are refused.
-        self._exchange, self._job = make_exchange(service, job)
+        # Last, so that nothing is dialled for settings that are refused.
+        self._engine = Engine(staleness or StalenessConfig(), service, job)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also in the middle of training; its blocks join the session with the next step."""
@@ -146,24 +141,16 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._prepare()
+        engine = self._planned()
         gradients = [
             working_gradients(group, plan.names)
-            for group, plan in zip(self.param_groups, self._plans, strict=True)
+            for group, plan in zip(self.param_groups, engine.plans, strict=True)
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return loss
-        check_finite(gradients, [plan.names for plan in self._plans])
-        self._step += 1
-        for plan, of_group in zip(self._plans, gradients, strict=True):
-            for entry in plan.stacks:
-                rows = entry.rows_with(of_group)
-                if rows:
-                    entry.stack.accumulate(entry.stack.gather(of_group, rows), rows)
-        exchange = cast(Exchange, self._exchange)
-        self._refresher.offer(exchange, self._step)
-        usable = self._refresher.settle(exchange, self._step)
-        for group, plan, of_group in zip(self.param_groups, self._plans, gradients, strict=True):
+        check_finite(gradients, [plan.names for plan in engine.plans])
+        usable = engine.advance(gradients)
+        for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True):
             self._update_group(group, plan, of_group, usable)
         return loss
 
@@ -177,25 +164,16 @@ class Shampoo(Optimizer):
         steps beyond the bound); ``late_adoptions`` (after their scheduled step); and the exchange's
         counters, see :meth:`Exchange.counters`.
         """
-        exchange = {} if self._exchange is None else self._exchange.counters()
-        return {
-            **exchange,
-            **self._refresher.metrics(),
-            "step": self._step,
-            "epoch": self._epoch,
-            "age": self._refresher.age(self._step),
-            "max_staleness": self._staleness.max_staleness,
-        }
+        return cast(Engine, self._engine).metrics()
 
     def close(self) -> None:
         """End the exchange, and an embedded service with it. Happens by itself when the process ends."""
-        if self._exchange is not None:
-            self._exchange.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`."""
-        self._prepare_plans()
-        checkpoint.write(self, self._plans, self._refresher, self._step, self._epoch)
+        checkpoint.write(self, self._planned())
         return checkpoint.strip_settings(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,70 +182,29 @@ class Shampoo(Optimizer):
         Raises:
             ValueError: the checkpoint does not fit these parameters; names the first that differs.
         """
-        self._prepare_plans()
-        checkpoint.check(self, self._plans, state_dict)
+        engine = self._planned()
+        checkpoint.check(self, engine, state_dict)
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
-        self._step, saved_epoch = checkpoint.read(self, self._plans, self._refresher, state_dict)
-        self._epoch = max(time.time_ns() // 1000, saved_epoch + 1, self._epoch + 1)
-        if self._session_blocks:
-            self._open_session()
+        checkpoint.read(self, engine, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Shampoo optimizer holds a connection; copy or save its state_dict() instead")
 
-    _session_blocks = 0
-
-    def _prepare_plans(self) -> None:
-        """Plan groups that have none yet: not before, since modules may move to their device until then."""
-        for number, group in enumerate(self.param_groups[len(self._plans) :], start=len(self._plans)):
-            first = sum(len(plan.specs) for plan in self._plans)
-            names = [str(name) for name in group.get("param_names", ())] or [
-                f"group{number}.parameter{i}" for i in range(len(group["params"]))
-            ]
-            plan = plan_group(group, names, first)
-            self._plans.append(plan)
-            costs = [sum(n * (n + 1) / 2 for n in spec.sides) for spec in plan.specs]
-            self._refresher.extend(costs, self._step)
-
-    def _prepare(self) -> None:
-        self._prepare_plans()
-        blocks = sum(len(plan.specs) for plan in self._plans)
-        if blocks != self._session_blocks:
-            self._session_blocks = blocks
-            self._open_session()
-
-    def _open_session(self) -> None:
-        cast(Exchange, self._exchange).open(
-            SessionSpec(
-                job=self._job,
-                epoch=self._epoch,
-                blocks=tuple(spec for plan in self._plans for spec in plan.specs),
-                max_staleness=self._staleness.max_staleness,
-                snapshots_in_flight=self._staleness.snapshots_in_flight,
+    def _planned(self) -> Engine:
+        """The engine with a plan of every group; made late, since modules move to their device until then."""
+        engine = cast(Engine, self._engine)
+        for number in range(len(engine.plans), len(self.param_groups)):
+            group = self.param_groups[number]
+            names = [str(name) for name in group.get("param_names", ())]
+            settings = GroupSettings(
+                blocking=group["blocking"], statistics=group["statistics"], root=group["root"]
             )
-        )
-
-    def _stack_rows(self, blocks: Iterable[int]) -> dict[int, tuple[StackPlan, list[int]]]:
-        """Blocks of the session, grouped by stack: ``{id: (stack, positions in blocks)}``."""
-        entries = [entry for plan in self._plans for entry in plan.stacks]
-        grouped: dict[int, tuple[StackPlan, list[int]]] = {}
-        for position, block in enumerate(blocks):
-            entry = next(e for e in entries if e.first <= block < e.first + len(e.stack))
-            grouped.setdefault(entry.first, (entry, []))[1].append(position)
-        return grouped
-
-    def _snapshots(self, blocks: Sequence[int], step: int) -> list[Snapshot]:
-        snapshots = []
-        for entry, positions in self._stack_rows(blocks).values():
-            rows = [blocks[i] - entry.first for i in positions]
-            for row, sides in zip(rows, entry.stack.snapshot(rows), strict=True):
-                snapshots.append(Snapshot(entry.first + row, step, tuple(side.cpu() for side in sides)))
-        return snapshots
-
-    def _adopt(self, arrivals: Sequence[Arrival]) -> None:
-        for entry, positions in self._stack_rows([a.block for a in arrivals]).values():
-            chosen = [arrivals[i] for i in positions]
-            entry.stack.adopt([a.block - entry.first for a in chosen], [a.sides for a in chosen])
+            engine.add_group(
+                settings,
+                group["params"],
+                names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
+            )
+        return engine
 
     def _update_group(
         self, group: dict[str, Any], plan: GroupPlan, gradients: MaybeTensors, usable: Mask
@@ -291,43 +228,14 @@ class Shampoo(Optimizer):
         moments = [state["second_moment"] for state in states] if needs_second_moment(grafting) else []
         if moments:
             update_second_moments(grafting, moments, grads)
-        updates = [d.contiguous() for d in directions(grafting, filtered, moments, steps)]
-
-        self._precondition(
-            plan,
-            _spread(filtered, present, gradients),
-            _spread(updates, present, gradients),
-            grafting,
-            usable,
-        )
+        weights = [p.detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
+        diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"])
+        updates = [d.contiguous() for d in diagonal]
+        sources, targets = (_spread(tensors, present, gradients) for tensors in (filtered, updates))
+        cast(Engine, self._engine).precondition(plan, sources, targets, grafting, usable)
         if group["momentum"] > 0:
             updates = _momentum(group, states, updates)
         _apply(group, params, updates)
-
-    def _precondition(
-        self,
-        plan: GroupPlan,
-        filtered: MaybeTensors,
-        updates: MaybeTensors,
-        grafting: GraftingConfig,
-        usable: Mask,
-    ) -> None:
-        """Replace the diagonal direction in ``updates`` wherever a block has a usable version."""
-        for entry in plan.stacks:
-            mask = usable[entry.first : entry.first + len(entry.stack)]
-            if not mask.any():
-                continue
-            rows = tuple(row for row in entry.rows_with(updates) if mask[row])
-            if not rows:
-                continue
-            blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
-            if grafting.method is not Grafting.NONE:
-                diagonal = entry.stack.gather(updates, rows)
-                lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
-                own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
-                scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
-                blocks = blocks * scale.view(-1, *(1,) * (blocks.ndim - 1))
-            entry.stack.scatter(blocks, updates, rows)
 
     def _state_of(
         self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
@@ -369,7 +277,8 @@ def _momentum(group: dict[str, Any], states: list[dict[str, Any]], updates: Tens
 
 def _apply(group: dict[str, Any], params: Tensors, updates: Tensors) -> None:
     lr = group["lr"]
-    if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
+    decays = group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"])
+    if group["weight_decay"] != 0 and decays:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     cast_updates = [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(params, updates, strict=True)]
     if isinstance(lr, torch.Tensor):

@@ -15,6 +15,7 @@ import torch
 
 from preconditioner_client.blocks import BlockSlice
 from preconditioner_client.config import Accumulation, StatisticsConfig
+from preconditioner_client.transfer import to_host
 from preconditioner_protos import upper_indices
 
 
@@ -38,6 +39,19 @@ class Member:
         """The block in a tensor of the parameter's shape."""
         merged = tensor.reshape(self.merged)
         return merged if self.place.shape == self.merged else merged[self.place.slices]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Snapshots of some rows of a stack.
+
+    Attributes:
+        sides: per row, per side a 1-D float32 CPU tensor of ``n (n + 1) / 2`` values.
+        ready: see :class:`preconditioner_client.exchange.Snapshot`.
+    """
+
+    sides: list[tuple[torch.Tensor, ...]]
+    ready: torch.cuda.Event | None
 
 
 class BlockStack:
@@ -144,11 +158,10 @@ class BlockStack:
             result = product.movedim(-1, dim + 1)
         return result
 
-    def snapshot(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    def snapshot(self, rows: Sequence[int]) -> Taken:
         """Packed upper triangles of the (bias-corrected) statistics of the given blocks.
 
-        Returns:
-            Per row, per side a new 1-D float32 tensor of ``n (n + 1) / 2`` values on this stack's device.
+        They are gathered on this stack's device, which halves the bytes, and the host waits for nothing.
         """
         index = torch.tensor(rows, device=self.device)
         correct = self.config.accumulation is Accumulation.EMA and self.config.bias_correction
@@ -160,19 +173,22 @@ class BlockStack:
             if correct:
                 factors = [1.0 / (1 - self.config.beta ** max(1, self.updates[row])) for row in rows]
                 packed.mul_(torch.tensor(factors, device=self.device).unsqueeze(1))
-            packed_sides.append(packed.unbind(0))
-        return [tuple(side[i] for side in packed_sides) for i in range(len(rows))]
+            packed_sides.append(to_host(packed))
+        # Copies of one stream are done in order: the last event stands for all.
+        ready = packed_sides[-1][1]
+        unbound = [host.unbind(0) for host, _ in packed_sides]
+        return Taken([tuple(side[i] for side in unbound) for i in range(len(rows))], ready)
 
     def adopt(self, rows: Sequence[int], sides: Sequence[Sequence[torch.Tensor]]) -> None:
         """Take new preconditioners into use.
 
         Args:
             rows: the blocks.
-            sides: per row, per side a float32 tensor of shape (n, n) on any device.
+            sides: per row, per side a float32 tensor of shape (n, n), best on this stack's device.
         """
         for number, preconditioners in enumerate(self.preconditioners):
             rows_of = [preconditioners[row] for row in rows]
-            torch._foreach_copy_(rows_of, [new[number] for new in sides], non_blocking=True)
+            torch._foreach_copy_(rows_of, [new[number] for new in sides])
 
     def _upper_of(self, n: int) -> torch.Tensor:
         if n not in self._upper:

@@ -202,7 +202,7 @@ def _await_copy(snapshot: Snapshot) -> None:
 
 
 def _is_done(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
+    return bool(event.query())
 
 
 def _rejection(block: int, step: int, reason: pb.NackReason, detail: str) -> Rejection:

@@ -87,6 +87,7 @@ def test_the_keys_never_change():
         "momentum_buffer",
         "block.0.updates",
         "block.0.version",
+        "block.0.first_adopted",
         "block.0.last_snapshot",
         "block.0.statistics.0",
         "block.0.statistics.1",

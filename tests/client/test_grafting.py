@@ -92,3 +92,45 @@ def test_a_block_without_a_version_takes_the_diagonal_step_alone():
     for mine, theirs in zip(train(silent), train(adam), strict=True):
         # Blocks pass through float32 only when they are preconditioned.
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["lars", "lamb"])
+def test_layer_wise_methods_take_their_published_step(method):
+    """arXiv 1708.03888 and 1904.00962, one step from zero moments, weight decay within the norms."""
+    decay, lr, eta = 0.1, 0.5, 0.02
+    w = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+    g = torch.tensor([[0.3, 0.1], [-0.2, 0.4]], dtype=torch.float64)
+    if method == "lars":
+        step = (g + decay * w) * eta * w.norm() / (g.norm() + decay * w.norm())
+    else:
+        r = g / (g.abs() + 1e-6) + decay * w
+        step = r * w.norm() / r.norm()
+    parameter = torch.nn.Parameter(w.clone())
+    grafting = GraftingConfig(method=method, beta2=0.99, epsilon=1e-6, trust_coefficient=eta)
+    optimizer = Shampoo(
+        [parameter],
+        lr=lr,
+        beta1=0.9 if method == "lamb" else 0.0,
+        weight_decay=decay,
+        grafting=grafting,
+        blocking=OFF,
+        service=LocalExchange(),
+    )
+    parameter.grad = g.clone()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), w - lr * step, rtol=1e-12, atol=0)
+
+
+def test_a_layer_wise_ratio_is_one_where_a_norm_is_zero():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = Shampoo(
+        [parameter],
+        lr=1.0,
+        beta1=0.0,
+        grafting=GraftingConfig(method="lars"),
+        blocking=OFF,
+        service=LocalExchange(),
+    )
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), -torch.ones(2, 2))

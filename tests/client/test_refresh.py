@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from preconditioner_client import BlockingConfig, GraftingConfig, Shampoo, StalenessConfig
+from preconditioner_client import BlockingConfig, GraftingConfig, Shampoo, StalenessConfig, StatisticsConfig
 from scripted_exchange import ScriptedExchange
 
 
@@ -285,3 +285,42 @@ def test_unpreconditioned_parameters_make_no_blocks():
     run.step(3)
     assert run.exchange.session is None
     assert run.blocks == 0
+
+
+def test_a_direction_is_blended_in_from_its_first_version():
+    exchange = ScriptedExchange()
+    parameter = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = Shampoo(
+        [parameter],
+        lr=1.0,
+        beta1=0.0,
+        grafting=GraftingConfig(method="none", blend_steps=3),
+        staleness=StalenessConfig(refresh_every=1, max_staleness=50),
+        service=exchange,
+    )
+    moved = []
+    for step in range(1, 9):
+        if step == 3:
+            exchange.answer(0, 1, scale=3.0)
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones(4, 3)
+        optimizer.step()
+        moved.append(float((before - parameter.detach())[0, 0]))
+    # From 1 (diagonal) to 9 (both sides 3) in steps of a quarter.
+    assert moved == pytest.approx([1, 1, 3, 5, 7, 9, 9, 9])
+
+
+def test_statistics_every_k_steps():
+    exchange = ScriptedExchange()
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = Shampoo(
+        [parameter],
+        statistics=StatisticsConfig(accumulation="sum", every=3),
+        staleness=StalenessConfig(refresh_every=1, max_staleness=50),
+        service=exchange,
+    )
+    for _ in range(7):
+        parameter.grad = torch.eye(2)
+        optimizer.step()
+    traces = [float(s.sides[0][0]) for s in exchange.offered]
+    assert traces == [0, 0, 1, 1, 1, 2, 2]

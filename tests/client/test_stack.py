@@ -64,7 +64,7 @@ def test_a_block_without_a_gradient_keeps_its_statistics(accumulation):
 def test_a_snapshot_is_the_bias_corrected_upper_triangle_and_a_copy():
     stack, given = make("ema"), tensors()
     stack.accumulate(stack.gather(given, (0, 1, 2)), (0, 1, 2))
-    (packed,) = stack.snapshot([1])
+    (packed,) = stack.snapshot([1]).sides
     g = given[1]
     full = torch.from_numpy(unpack(packed[0].numpy(), SHAPE[0]))
     torch.testing.assert_close(full, torch.einsum("abc,dbc->ad", g, g))

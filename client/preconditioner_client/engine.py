@@ -1,0 +1,192 @@
+"""What every optimizer here shares: blocks, statistics, exchange and versions; all but the update rule.
+
+An :class:`Engine` is told the parameters group by group, and then, once a step, the gradients. It answers
+with which blocks may be preconditioned, and does it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from preconditioner_client.config import Grafting, GraftingConfig, StalenessConfig
+from preconditioner_client.connect import make_exchange
+from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
+from preconditioner_client.plan import GroupPlan, GroupSettings, StackPlan, plan_group
+from preconditioner_client.refresh import Mask, Refresher
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.transfer import UploadingExchange
+
+MaybeTensors = Sequence[torch.Tensor | None]
+"""One entry for each parameter of a group; None for one without a gradient in this step."""
+
+
+class Engine:
+    """Preconditions the gradients of a growing list of parameter groups.
+
+    Args:
+        staleness: refresh interval, bound, adoption and policy.
+        service: see :func:`preconditioner_client.connect.make_exchange`.
+        job: name at the service.
+
+    Attributes:
+        plans: of the groups, in order.
+        refresher: freshness of every block.
+        step: number of the latest step, 0 before the first.
+        epoch: of the current session.
+    """
+
+    def __init__(
+        self, staleness: StalenessConfig, service: str | ServiceConfig | Exchange | None, job: str | None
+    ) -> None:
+        self.plans: list[GroupPlan] = []
+        self.refresher = Refresher(staleness, [], self._snapshots, self._adopt)
+        self.step = 0
+        self.epoch = time.time_ns() // 1000
+        self._raw_exchange, self._job = make_exchange(service, job)
+        self._exchange = self._raw_exchange
+        self._entries: list[StackPlan] = []
+        self._session_blocks = 0
+
+    def add_group(
+        self, settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> None:
+        """Plan the blocks of another group; they join the session with the next step."""
+        plan = plan_group(settings, parameters, names, len(self._entries))
+        self.plans.append(plan)
+        for entry in plan.stacks:
+            self._entries.extend([entry] * len(entry.stack))
+        self.refresher.extend([sum(n * (n + 1) / 2 for n in spec.sides) for spec in plan.specs], self.step)
+
+    def advance(self, gradients: Sequence[MaybeTensors]) -> Mask:
+        """Begin the next step: accumulate statistics, offer snapshots, adopt what is there.
+
+        Args:
+            gradients: for each group the gradients of its parameters.
+
+        Returns:
+            For each block whether its preconditioner may be used in this step.
+
+        Raises:
+            ExchangeError: the service refused this trainer for good when it first answered.
+        """
+        if len(self._entries) != self._session_blocks:
+            self._open_session()
+        self.step += 1
+        for plan, of_group in zip(self.plans, gradients, strict=True):
+            if self.step % plan.settings.statistics.every:
+                continue
+            for entry in plan.stacks:
+                rows = entry.rows_with(of_group)
+                if rows:
+                    entry.stack.accumulate(entry.stack.gather(of_group, rows), rows)
+        self.refresher.offer(self._exchange, self.step)
+        return self.refresher.settle(self._exchange, self.step)
+
+    def precondition(
+        self,
+        plan: GroupPlan,
+        filtered: MaybeTensors,
+        updates: MaybeTensors,
+        grafting: GraftingConfig,
+        usable: Mask,
+    ) -> None:
+        """Replace the diagonal direction in ``updates`` wherever a block has a usable version.
+
+        Args:
+            plan: of the group.
+            filtered: what is preconditioned, one entry for each parameter of the group.
+            updates: the grafted diagonal directions, contiguous; overwritten block by block.
+            grafting: whether a block takes the length of what it replaces, and how it is blended in.
+            usable: as :meth:`advance` returned it.
+        """
+        for entry in plan.stacks:
+            mask = usable[entry.first : entry.first + len(entry.stack)]
+            if not mask.any():
+                continue
+            rows = tuple(row for row in entry.rows_with(updates) if mask[row])
+            if not rows:
+                continue
+            blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
+            diagonal = entry.stack.gather(updates, rows)
+            shape = (-1, *(1,) * (blocks.ndim - 1))
+            if grafting.method is not Grafting.NONE:
+                lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
+                own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+                scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
+                blocks = blocks * scale.view(shape)
+            weights = self._blend(entry, rows, grafting.blend_steps)
+            if weights is not None:
+                blocks = torch.lerp(diagonal, blocks, weights.to(blocks.device).view(shape))
+            entry.stack.scatter(blocks, updates, rows)
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters of freshness and exchange, see ``Shampoo.metrics``."""
+        return {
+            **self._exchange.counters(),
+            **self.refresher.metrics(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "age": self.refresher.age(self.step),
+            "max_staleness": self.refresher.config.max_staleness,
+        }
+
+    def resume(self, step: int, saved_epoch: int) -> None:
+        """Continue at a step in a new epoch: what an earlier life had under way is not adopted."""
+        self.step = step
+        self.epoch = max(time.time_ns() // 1000, saved_epoch + 1, self.epoch + 1)
+        # The next step opens the session of the new epoch.
+        self._session_blocks = 0
+
+    def close(self) -> None:
+        """End the exchange. Idempotent."""
+        self._exchange.close()
+
+    def _open_session(self) -> None:
+        self._session_blocks = len(self._entries)
+        devices = [entry.stack.device for entry in self._entries]
+        if any(device.type == "cuda" for device in devices):
+            self._exchange = UploadingExchange(self._raw_exchange, devices)
+        staleness = self.refresher.config
+        self._exchange.open(
+            SessionSpec(
+                job=self._job,
+                epoch=self.epoch,
+                blocks=tuple(spec for plan in self.plans for spec in plan.specs),
+                max_staleness=staleness.max_staleness,
+                snapshots_in_flight=staleness.snapshots_in_flight,
+            )
+        )
+
+    def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:
+        """Weight of the preconditioned direction per row; None if it is 1 for all."""
+        if steps == 0:
+            return None
+        begun = self.refresher.first_adopted[np.asarray(rows) + entry.first]
+        weights = np.minimum(1.0, (self.step - begun + 1) / (steps + 1))
+        return None if (weights == 1.0).all() else torch.from_numpy(weights.astype(np.float32))
+
+    def _by_stack(self, blocks: Sequence[int]) -> list[tuple[StackPlan, list[int]]]:
+        """Positions in ``blocks``, grouped by the stack that holds them."""
+        grouped: dict[int, list[int]] = {}
+        for position, block in enumerate(blocks):
+            grouped.setdefault(self._entries[block].first, []).append(position)
+        return [(self._entries[first], positions) for first, positions in grouped.items()]
+
+    def _snapshots(self, blocks: Sequence[int], step: int) -> list[Snapshot]:
+        snapshots = []
+        for entry, positions in self._by_stack(blocks):
+            rows = [blocks[i] - entry.first for i in positions]
+            taken = entry.stack.snapshot(rows)
+            for row, sides in zip(rows, taken.sides, strict=True):
+                snapshots.append(Snapshot(entry.first + row, step, sides, taken.ready))
+        return snapshots
+
+    def _adopt(self, arrivals: Sequence[Arrival]) -> None:
+        for entry, positions in self._by_stack([arrival.block for arrival in arrivals]):
+            chosen = [arrivals[i] for i in positions]
+            entry.stack.adopt([a.block - entry.first for a in chosen], [a.sides for a in chosen])

@@ -1,0 +1,111 @@
+"""Copies between an accelerator and the host that the training thread never waits for.
+
+Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way and are handed
+on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from preconditioner_client.exchange import Arrival, Exchange, Rejection, SessionSpec, Snapshot
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies of a CUDA device, made at first use."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Begin to copy a tensor to the host.
+
+    Returns:
+        The host tensor, and the event after which it may be read; None: at once. A CPU tensor is returned as
+        it is.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), None
+    stream = side_stream(tensor.device)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+    # The allocator must not hand this memory to the training stream before the copy is done.
+    tensor.record_stream(stream)
+    return host, event
+
+
+class UploadingExchange:
+    """An exchange whose arrivals are on the accelerator when they are collected.
+
+    Args:
+        inner: where the arrivals come from, on the CPU.
+        devices: per block of the session where its preconditioners belong.
+    """
+
+    def __init__(self, inner: Exchange, devices: Sequence[torch.device]) -> None:
+        self._inner = inner
+        self._devices = devices
+        self._under_way: list[tuple[Arrival, torch.cuda.Event]] = []
+
+    @property
+    def generation(self) -> int:
+        """See :class:`Exchange`."""
+        return self._inner.generation
+
+    def open(self, session: SessionSpec) -> None:
+        """See :class:`Exchange`."""
+        self._under_way.clear()
+        self._inner.open(session)
+
+    def offer(self, snapshots: Sequence[Snapshot], step: int) -> None:
+        """See :class:`Exchange`."""
+        self._inner.offer(snapshots, step)
+
+    def collect(self, step: int) -> list[Arrival | Rejection]:
+        """See :class:`Exchange`. Arrivals whose copy is not done yet come with a later call."""
+        collected: list[Arrival | Rejection] = []
+        for event in self._inner.collect(step):
+            if isinstance(event, Rejection) or self._devices[event.block].type != "cuda":
+                collected.append(event)
+            else:
+                self._under_way.append(self._upload(event))
+        # In order, so that an older version of a block never overtakes a newer one.
+        while self._under_way and self._under_way[0][1].query():
+            collected.append(self._under_way.pop(0)[0])
+        return collected
+
+    def wait(self, timeout: float) -> bool:
+        """See :class:`Exchange`."""
+        if self._under_way:
+            self._under_way[0][1].synchronize()
+            return True
+        return self._inner.wait(timeout)
+
+    def counters(self) -> dict[str, int]:
+        """See :class:`Exchange`."""
+        return self._inner.counters()
+
+    def close(self) -> None:
+        """See :class:`Exchange`."""
+        self._under_way.clear()
+        self._inner.close()
+
+    def _upload(self, arrival: Arrival) -> tuple[Arrival, torch.cuda.Event]:
+        device = self._devices[arrival.block]
+        stream = side_stream(device)
+        with torch.cuda.stream(stream):
+            sides = tuple(side.pin_memory().to(device, non_blocking=True) for side in arrival.sides)
+            event = torch.cuda.Event()
+            event.record(stream)
+        for side in sides:
+            side.record_stream(torch.cuda.current_stream(device))
+        return Arrival(arrival.block, arrival.step, sides), event
