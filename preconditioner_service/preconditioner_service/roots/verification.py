@@ -25,6 +25,8 @@ LOOSEST_BOUND = 0.1
 _EPS = float(np.finfo(np.float64).eps)
 _SLACK = 4.0
 _SKINNY_UP_TO = 512
+_SEED = 0x5EED_0F_A_900F
+"""No seed that statistics are made from: a probe that is an eigenvector sees nothing else."""
 
 Apply = Callable[[Floats], Floats]
 
@@ -42,7 +44,7 @@ def default_bound(n: int, condition_B: Floats, order: Order) -> Floats:
 @lru_cache(maxsize=64)
 def probes(n: int) -> Floats:
     """Return fixed Gaussian unit vectors as columns, (n, 2); read-only."""
-    vectors_NK = np.random.default_rng(n).standard_normal((n, PROBES))
+    vectors_NK = np.random.default_rng((_SEED, n)).standard_normal((n, PROBES))
     vectors_NK /= np.linalg.norm(vectors_NK, axis=0)
     vectors_NK.flags.writeable = False
     return vectors_NK

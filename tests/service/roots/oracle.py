@@ -1,0 +1,56 @@
+"""B^(-1/p) to 50 digits, for matrices of up to some 64 rows.
+
+The spectrum and its powers are mpmath's at 50 digits; only the last product is in the 80-bit (or wider) long
+double, whose rounding is 1e-19: a thousand times finer than anything that is compared with it.
+"""
+
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+
+DIGITS = 50
+LONG = np.longdouble
+
+
+class Oracle:
+    """The exact spectral decomposition of one symmetric float64 matrix."""
+
+    def __init__(self, matrix):
+        assert np.finfo(LONG).eps < 1e-18, "needs a long double of 80 bits or more"
+        with mpmath.workdps(DIGITS):
+            values, vectors = mpmath.eigsy(mpmath.matrix(matrix.tolist()))
+            self.values = [max(value, mpmath.mpf(0)) for value in values]
+        n = len(matrix)
+        self.vectors = np.array([[LONG(str(vectors[i, j])) for j in range(n)] for i in range(n)])
+
+    def condition(self, ridge):
+        """Of B = A + ridge I."""
+        with mpmath.workdps(DIGITS):
+            smallest = min(self.values) + mpmath.mpf(ridge)
+            return float((max(self.values) + mpmath.mpf(ridge)) / smallest) if smallest else float("inf")
+
+    def root(self, p, ridge):
+        """B^(-1/p) as long double."""
+        order = Fraction(p).limit_denominator(100)
+        with mpmath.workdps(DIGITS):
+            exponent = -mpmath.mpf(order.denominator) / order.numerator
+            powers = [LONG(str(mpmath.power(value + mpmath.mpf(ridge), exponent))) for value in self.values]
+        return (self.vectors * np.array(powers)) @ self.vectors.T
+
+    def pseudo_root(self, p, threshold):
+        """(A^+)^(1/p), eigenvalues up to the threshold dropped."""
+        order = Fraction(p).limit_denominator(100)
+        with mpmath.workdps(DIGITS):
+            exponent = -mpmath.mpf(order.denominator) / order.numerator
+            powers = [
+                LONG(str(mpmath.power(value, exponent))) if value > threshold else LONG(0)
+                for value in self.values
+            ]
+        return (self.vectors * np.array(powers)) @ self.vectors.T
+
+
+def relative_error(root, exact):
+    """In the Frobenius norm."""
+    difference = exact - root.astype(LONG)
+    return float(np.sqrt((difference**2).sum()) / np.sqrt((exact**2).sum()))
