@@ -5,6 +5,8 @@ import gc
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -667,6 +669,38 @@ def test_a_forked_child_does_no_harm(front, connect):
     (arrival,) = collect(exchange, 1)
     assert arrival.step == 2
     assert (exchange.generation, front.closed) == (1, [])
+
+
+FORKING = """
+import os, sys
+from exchange_session import collect, opened, session, snapshot
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_exchange import ServiceExchange
+
+exchange = ServiceExchange(ServiceConfig(address=sys.argv[1]))
+spec = opened(exchange, session())
+child = os.fork()
+if child == 0:
+    exchange.collect(1)
+    sys.exit(0)  # with all of the interpreter's finalization
+_, status = os.waitpid(child, 0)
+exchange.offer([snapshot(spec, 0, 1)], 1)
+collect(exchange, 1)
+print(status, exchange.generation)
+"""
+
+
+def test_a_forked_child_that_ends_in_order_leaves_the_parent_s_stream_alone(front):
+    trainer = subprocess.run(
+        [sys.executable, "-c", FORKING, front.address],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert trainer.returncode == 0, trainer.stderr
+    assert trainer.stdout.split() == ["0", "1"]
+    assert len(front.opens) == len(front.closed) == 1
 
 
 def test_cost_of_a_step_while_matrices_flow(front, connect, capsys):
