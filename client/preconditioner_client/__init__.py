@@ -1,5 +1,6 @@
 """Asynchronous Shampoo for a training process: the optimizer and its exchange with the service."""
 
+from preconditioner_client.attach import Attachment, attach
 from preconditioner_client.config import (
     Accumulation,
     Adoption,
@@ -30,6 +31,7 @@ __all__ = [
     "Accumulation",
     "Adoption",
     "Arrival",
+    "Attachment",
     "BlockSpec",
     "BlockingConfig",
     "Exchange",
@@ -48,4 +50,5 @@ __all__ = [
     "StalePolicy",
     "StalenessConfig",
     "StatisticsConfig",
+    "attach",
 ]

@@ -1,0 +1,267 @@
+"""The preconditioner inside an optimizer that the user already has.
+
+:func:`attach` registers step hooks. Just before the user's optimizer reads its gradients they are
+preconditioned and given the length of a diagonal method's direction, in place; the optimizer then does with
+them what it always does. With ``GraftingConfig(method="sgd")`` (default) every block keeps the norm of its
+gradient, so learning rates, clipping and weight decay keep their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from preconditioner_client import checkpoint
+from preconditioner_client.config import (
+    BlockingConfig,
+    Grafting,
+    GraftingConfig,
+    RootConfig,
+    StalenessConfig,
+    StatisticsConfig,
+)
+from preconditioner_client.engine import Engine
+from preconditioner_client.exchange import Exchange
+from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
+from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
+from preconditioner_client.plan import GroupSettings
+from preconditioner_client.service_config import ServiceConfig
+
+STATE_KEY = "preconditioner"
+"""Where the attached state stands in the optimizer's own state dict."""
+
+
+def attach(
+    optimizer: Optimizer,
+    model: nn.Module | None = None,
+    *,
+    grafting: GraftingConfig | None = None,
+    statistics: StatisticsConfig | None = None,
+    blocking: BlockingConfig | None = None,
+    root: RootConfig | None = None,
+    staleness: StalenessConfig | None = None,
+    service: str | ServiceConfig | Exchange | None = None,
+    job: str | None = None,
+) -> Attachment:
+    """Put the asynchronous preconditioner before an existing optimizer.
+
+    Args:
+        optimizer: any torch optimizer; its step must not take a closure.
+        model: only for the names of its parameters in messages and at the service.
+        grafting: what length a preconditioned block is given; default the gradient's own (``sgd``).
+        statistics: how the Kronecker statistics are accumulated.
+        blocking: how parameters are cut.
+        root: ridge and exponent.
+        staleness: refresh interval, bound, adoption and policy.
+        service: as for ``Shampoo``.
+        job: name of this training job at the service.
+
+    Returns:
+        The handle: ``metrics()``, ``detach()``, ``state_dict()``.
+
+    Raises:
+        ValueError: a parameter that cannot be preconditioned, or an optimizer that has one attached already.
+        ExchangeError: the service refuses this trainer for good.
+    """
+    if getattr(optimizer, "_attached_preconditioner", None) is not None:
+        raise ValueError("this optimizer has a preconditioner attached already: detach() that one first")
+    names: dict[torch.Tensor, str] = {}
+    if model is not None:
+        names.update({p: name for name, p in model.named_parameters()})
+    settings = GroupSettings(
+        blocking=blocking or BlockingConfig(),
+        statistics=statistics or StatisticsConfig(),
+        root=root or RootConfig(),
+    )
+    grafting = grafting or GraftingConfig(method=Grafting.SGD)
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            check_parameter(parameter, names.get(parameter, f"parameter {index}"))
+    engine = Engine(staleness or StalenessConfig(), service, job)
+    return Attachment(optimizer, engine, settings, grafting, names)
+
+
+class Attachment:
+    """What :func:`attach` returns.
+
+    The optimizer's state dict carries its state under ``"preconditioner"``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        engine: Engine,
+        settings: GroupSettings,
+        grafting: GraftingConfig,
+        names: dict[torch.Tensor, str],
+    ) -> None:
+        self._optimizer = optimizer
+        self._engine = engine
+        self._settings = settings
+        self._grafting = grafting
+        self._names = names
+        self._moments: dict[torch.Tensor, dict[str, Any]] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_post_hook(self._add_state),
+            optimizer.register_load_state_dict_pre_hook(self._take_state),
+        ]
+        setattr(optimizer, "_attached_preconditioner", self)  # noqa: B010  (not an attribute torch declares)
+
+    def metrics(self) -> dict[str, Any]:
+        """As ``Shampoo.metrics``."""
+        return self._engine.metrics()
+
+    def detach(self) -> None:
+        """Take the hooks out and end the exchange; the optimizer is as it was before. Idempotent."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if getattr(self._optimizer, "_attached_preconditioner", None) is self:
+            delattr(self._optimizer, "_attached_preconditioner")
+        self._engine.close()
+
+    def close(self) -> None:
+        """The same as :meth:`detach`."""
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, versions and moments, free of anything but tensors and numbers.
+
+        ``state``: one dict per parameter in the optimizer's order, with the keys of
+        :mod:`preconditioner_client.checkpoint`; beside it the format, step and epoch.
+        """
+        self._plan()
+        state = []
+        for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
+            for index, parameter in enumerate(group["params"]):
+                state.append(
+                    {**self._moments.get(parameter, {}), **checkpoint.block_states(self._engine, plan, index)}
+                )
+        return {
+            checkpoint.FORMAT_KEY: checkpoint.FORMAT,
+            checkpoint.STEP_KEY: self._engine.step,
+            checkpoint.EPOCH_KEY: self._engine.epoch,
+            "state": state,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, in a new epoch.
+
+        Raises:
+            ValueError: it does not fit the optimizer's parameters; names the first that differs.
+        """
+        self._plan()
+        checkpoint.check_format(state_dict)
+        saved: list[dict[str, Any]] = state_dict["state"]
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        if len(saved) != sum(map(len, groups)):
+            raise ValueError(
+                f"the checkpoint has the state of {len(saved)} parameters, the optimizer has "
+                f"{sum(map(len, groups))}"
+            )
+        remaining: Iterator[dict[str, Any]] = iter(saved)
+        stored = [[next(remaining) for _ in params] for params in groups]
+        for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
+            for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
+                checkpoint.check_state(state, {"second_moment": tuple(parameter.shape)}, plan, index)
+        self._moments.clear()
+        for params, states in zip(groups, stored, strict=True):
+            for parameter, state in zip(params, states, strict=True):
+                own = {key: value for key, value in state.items() if not key.startswith("block.")}
+                if own:
+                    self._moments[parameter] = {
+                        key: value.detach().clone().to(parameter.device) if torch.is_tensor(value) else value
+                        for key, value in own.items()
+                    }
+        checkpoint.restore_blocks(
+            self._engine, stored, int(state_dict[checkpoint.STEP_KEY]), int(state_dict[checkpoint.EPOCH_KEY])
+        )
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # torch passes the optimizer itself as the first of args.
+        closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
+        if closure is not None:
+            raise RuntimeError(
+                "an optimizer with a preconditioner attached cannot take a closure: the gradients would be "
+                "computed after they were preconditioned. Call backward() before step(), or use Shampoo"
+            )
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "the gradients are still scaled: call scaler.unscale_(optimizer) before "
+                "scaler.step(optimizer), or make the optimizer without fused=True"
+            )
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        plans = self._plan()
+        gradients = [
+            working_gradients({**_PLAIN, "params": group["params"], "grafting": self._grafting}, plan.names)
+            for group, plan in zip(optimizer.param_groups, plans, strict=True)
+        ]
+        if not any(g is not None for of_group in gradients for g in of_group):
+            return
+        check_finite(gradients, [plan.names for plan in plans])
+        usable = self._engine.advance(gradients)
+        for group, plan, of_group in zip(optimizer.param_groups, plans, gradients, strict=True):
+            updates = self._diagonal(group, of_group)
+            self._engine.precondition(plan, of_group, updates, self._grafting, usable)
+            for parameter, update in zip(group["params"], updates, strict=True):
+                if update is not None and update is not parameter.grad:
+                    parameter.grad.copy_(update)
+
+    def _diagonal(
+        self, group: dict[str, Any], gradients: list[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """The direction that blocks without a version pass on, and whose length the others take."""
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        grads = [g for g in gradients if g is not None]
+        if not grads:
+            return gradients
+        if self._grafting.method in (Grafting.SGD, Grafting.NONE):
+            # The gradient is its own direction, and can be overwritten block by block.
+            return [g if g is None else g.contiguous() for g in gradients]
+        params = [group["params"][i] for i in present]
+        states = []
+        for parameter, gradient in zip(params, grads, strict=True):
+            state = self._moments.setdefault(parameter, {"step": 0})
+            state["step"] += 1
+            if needs_second_moment(self._grafting) and "second_moment" not in state:
+                state["second_moment"] = torch.zeros_like(gradient)
+            states.append(state)
+        moments = [s["second_moment"] for s in states] if needs_second_moment(self._grafting) else []
+        if moments:
+            update_second_moments(self._grafting, moments, grads)
+        weights = [p.detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
+        steps = [s["step"] for s in states]
+        found = directions(self._grafting, grads, moments, steps, weights, 0.0)
+        result: list[torch.Tensor | None] = [None] * len(gradients)
+        for position, direction in zip(present, found, strict=True):
+            result[position] = direction.contiguous()
+        return result
+
+    def _plan(self) -> list[Any]:
+        """Plans of all groups; those added meanwhile join."""
+        plans = self._engine.plans
+        for number in range(len(plans), len(self._optimizer.param_groups)):
+            params = self._optimizer.param_groups[number]["params"]
+            names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
+            self._engine.add_group(self._settings, params, names)
+        return plans
+
+    def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict[STATE_KEY] = self.state_dict()
+
+    def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get(STATE_KEY)
+        if saved is not None:
+            self.load_state_dict(saved)
+
+
+# The user's optimizer sees to sign and weight decay by itself.
+_PLAIN: dict[str, Any] = {"maximize": False, "weight_decay": 0.0, "decoupled_weight_decay": True}
