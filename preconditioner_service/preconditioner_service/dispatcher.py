@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Session
-from preconditioner_service.compute import RootOutcome, RootTask
 from preconditioner_service.costs import CostModel
 from preconditioner_service.logs import event
 from preconditioner_service.pool import BatchLostError, Worker
 from preconditioner_service.scheduler import Batch, BatchLimits, Scheduler
+from preconditioner_service.tasks import RootOutcome, RootTask
 
 LOSS_BUDGET = 3
 """Workers that may die in a row on a block before its snapshot is given up."""

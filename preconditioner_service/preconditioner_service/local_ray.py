@@ -2,24 +2,26 @@
 
 Nothing is asked of the user: the token that Ray's authentication wants is random and lives in this process's
 environment (and its children's) alone, so neither ``$HOME`` nor a token file is needed. Everything that Ray
-writes lies in a directory of mode 0700, removed at the end; what services that were killed left behind is
-removed by the next one to start.
+writes lies in a directory of mode 0700. Processes and directory end with the service, however it ends: see
+:mod:`preconditioner_service.reaper`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from preconditioner_service import reaper
+
 _PREFIX = "preco-"
-_LOCK = "lock"
 _LONGEST_BASE = 24
 """Characters. Ray's sockets are 80 characters below it, and a unix socket's path has room for 107."""
+
+_REAP_SECONDS = 12.0
 
 
 def private_environment(environ: MutableMapping[str, str]) -> None:
@@ -44,36 +46,24 @@ def private_environment(environ: MutableMapping[str, str]) -> None:
     environ["RAY_memory_monitor_refresh_ms"] = "0"
 
 
-class TemporaryDirectory:
-    """Ray's directory. A lock held on a file in it tells that its service lives."""
+class RayDirectory:
+    """Ray's directory, and the reaper that sees to its end."""
 
     def __init__(self) -> None:
         base = Path(tempfile.gettempdir())
         if len(str(base)) > _LONGEST_BASE:
             base = Path("/tmp")
-        _sweep(base)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", "-S", reaper.__file__, str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            # Not in our process group, which may be ended as a whole.
+            start_new_session=True,
+        )
 
     def remove(self) -> None:
-        """Remove the directory; Ray must have ended."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def _sweep(base: Path) -> None:
-    for path in base.glob(f"{_PREFIX}*"):
-        try:
-            if path.stat().st_uid != os.geteuid():
-                continue
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # another user's, just being made, or just removed
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its service lives
-        finally:
-            os.close(lock)
+        """End what is left of Ray, and remove the directory. Blocks for as long as that takes."""
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait(_REAP_SECONDS)

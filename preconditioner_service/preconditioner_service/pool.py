@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from preconditioner_service.compute import RootOutcome, RootTask, compute
-from preconditioner_service.local_ray import TemporaryDirectory, private_environment
+from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.logs import event
+from preconditioner_service.tasks import RootOutcome, RootTask
 
 T = TypeVar("T")
 
@@ -74,8 +74,10 @@ class RootWorker:
     """The actor. Its methods run one at a time."""
 
     def __init__(self, threads: int, nice: int) -> None:
+        from preconditioner_service.compute import compute
         from preconditioner_service.roots import threads as bind
 
+        self._compute = compute
         bind(threads)
         if nice:
             os.nice(nice)
@@ -89,7 +91,7 @@ class RootWorker:
 
     def compute(self, tasks: list[RootTask]) -> list[RootOutcome]:
         """See :func:`preconditioner_service.compute.compute`."""
-        return compute(tasks)
+        return self._compute(tasks)
 
 
 @dataclass(eq=False)
@@ -129,7 +131,7 @@ class RayPool:
         self._changed = changed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._ray: Any = None
-        self._directory: TemporaryDirectory | None = None
+        self._directory: RayDirectory | None = None
         self.workers: list[Worker] = []
         self._make_actor: Callable[[], Any]
         self._revivals: set[asyncio.Task[None]] = set()
@@ -198,7 +200,7 @@ class RayPool:
             with contextlib.suppress(Exception):  # it may have died before us; nothing is left to do then
                 await self._call(self._end_ray)
         if self._directory is not None:
-            self._directory.remove()
+            await self._call(self._directory.remove)
         self._thread.shutdown(wait=False)
 
     # In Ray's thread.
@@ -207,8 +209,8 @@ class RayPool:
         settings = self._settings
         options: dict[str, Any]
         if settings.ray_address is None:
+            self._directory = RayDirectory()
             private_environment(os.environ)
-            self._directory = TemporaryDirectory()
             options = {
                 "address": "local",
                 "num_cpus": settings.num_workers * settings.cpus_per_worker,
@@ -323,8 +325,8 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_TIMEOUT).close()
     except OSError as error:
         raise PoolError(
-            f"Ray at {address} cannot be reached ({error.strerror or error}): is its head running, and is this "
-            "the address that 'ray start' named?"
+            f"Ray at {address} cannot be reached ({error.strerror or error}): is its head running, and "
+            "is this the address that 'ray start' named?"
         ) from None
 
 
