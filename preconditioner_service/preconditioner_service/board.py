@@ -156,8 +156,10 @@ class Session:
 
     def begin(self, index: int) -> PackedBlock | None:
         """The block's next snapshot, now being computed; ``None`` if none waits or one is under way."""
+        if self.closed:
+            return None
         block = self.blocks[index]
-        if self.closed or block.computing is not None or not block.waiting:
+        if block.computing is not None or not block.waiting:
             return None
         block.computing = block.waiting.popleft()
         return block.computing

@@ -1,0 +1,265 @@
+"""Between board and pool, with a pool that the test holds in its hand."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from raw_trainer import manifest, open_request
+
+from preconditioner_protos import PackedBlock
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.board import Board
+from preconditioner_service.dispatcher import LOSS_BUDGET, Dispatcher
+from preconditioner_service.pool import BatchLostError, Worker
+from preconditioner_service.scheduler import BatchLimits
+from preconditioner_service.tasks import RootOutcome
+
+
+class HandPool:
+    """Batches stay where they are until the test answers them."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = [Worker(number, None, alive=True) for number in range(workers)]
+        self.calls: list[tuple[Worker, list, asyncio.Future]] = []
+
+    def run(self, worker, tasks, seconds):
+        future = asyncio.get_running_loop().create_future()
+        self.calls.append((worker, tasks, future))
+        worker.batches.append(_Entry(seconds))
+
+        async def answer():
+            try:
+                return await future
+            finally:
+                worker.batches.popleft()
+
+        return answer()
+
+    async def succeed(self, number: int = 0) -> None:
+        _, tasks, future = self.calls.pop(number)
+        future.set_result([RootOutcome(task.sides, tuple(0.001 for _ in task.sides)) for task in tasks])
+        await settle()
+
+    async def lose(self, number: int = 0, *, computing: bool = True) -> None:
+        _, _, future = self.calls.pop(number)
+        future.set_exception(BatchLostError("gone", computing))
+        await settle()
+
+
+class _Entry:
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+
+class Stream:
+    unanswered = 0
+
+    def __init__(self):
+        self.nacks = []
+
+    def wake(self):
+        pass
+
+    def nack(self, nack):
+        self.nacks.append(nack)
+
+    def end(self, why):
+        pass
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class Bench:
+    def __init__(self, *shapes, workers=1, **limits) -> None:
+        self.board = Board(1 << 30, 10.0)
+        self.dispatcher = Dispatcher(BatchLimits(**limits))
+        self.pool = HandPool(workers)
+        self.dispatcher.use(self.pool)
+        self.session, _ = self.board.open(open_request("job", manifest(*shapes)))
+        self.dispatcher.open(self.session)
+        self.stream = Stream()
+        self.board.attach(self.session, self.stream)
+
+    def snapshot(self, block: int, step: int) -> None:
+        sides = self.session.statistics.sides[block]
+        arrays = tuple(np.zeros(n * (n + 1) // 2, np.float32) for n in sides)
+        assert self.session.accept(PackedBlock(block, step, arrays))
+        self.dispatcher.enqueue(self.session, block)
+
+    def published(self) -> list[tuple[int, int]]:
+        found = []
+        while self.session.next_unsent() is not None:
+            item = self.session.take_unsent()
+            found.append((item.block, item.step))
+        return found
+
+
+def run(scenario):
+    asyncio.run(scenario())
+
+
+def test_small_blocks_share_a_batch_and_at_most_two_batches_are_at_a_worker():
+    async def scenario():
+        bench = Bench(*[(4,)] * 10, blocks=4)
+        for block in range(10):
+            bench.snapshot(block, 1)
+        bench.dispatcher.kick()
+        assert [len(tasks) for _, tasks, _ in bench.pool.calls] == [4, 4]
+        await bench.pool.succeed()
+        assert [len(tasks) for _, tasks, _ in bench.pool.calls] == [4, 2]
+        await bench.pool.succeed()
+        await bench.pool.succeed()
+        assert sorted(bench.published()) == [(block, 1) for block in range(10)]
+
+    run(scenario)
+
+
+def test_behind_a_long_batch_nothing_queues_and_idle_workers_come_first():
+    async def scenario():
+        bench = Bench(*[(2000,)] * 3, workers=2)
+        for block in range(3):
+            bench.snapshot(block, 1)
+        bench.dispatcher.kick()
+        assert [worker.number for worker, _, _ in bench.pool.calls] == [0, 1]
+        bench.snapshot(2, 2)  # still waits, so the newer one will be computed
+        await bench.pool.succeed()
+        assert len(bench.pool.calls) == 2
+        await bench.pool.succeed()
+        await bench.pool.succeed()
+        assert sorted(bench.published()) == [(0, 1), (1, 1), (2, 2)]
+
+    run(scenario)
+
+
+def test_a_snapshot_that_came_meanwhile_is_computed_next():
+    async def scenario():
+        bench = Bench((4,))
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        bench.snapshot(0, 2)
+        bench.dispatcher.kick()
+        assert len(bench.pool.calls) == 1
+        await bench.pool.succeed()
+        assert len(bench.pool.calls) == 1
+        await bench.pool.succeed()
+        assert bench.session.blocks[0].version == 2
+
+    run(scenario)
+
+
+def test_a_lost_batch_is_computed_again_each_suspect_alone():
+    async def scenario():
+        bench = Bench(*[(4,)] * 3)
+        for block in range(3):
+            bench.snapshot(block, 1)
+        bench.dispatcher.kick()
+        await bench.pool.lose()
+        assert [len(tasks) for _, tasks, _ in bench.pool.calls] == [1, 1]
+        for _ in range(3):
+            await bench.pool.succeed()
+        assert sorted(bench.published()) == [(0, 1), (1, 1), (2, 1)]
+        assert all(block.losses == 0 for block in bench.session.blocks)
+
+    run(scenario)
+
+
+def test_the_budget_of_losses_ends_in_a_nack_and_the_next_snapshot_has_its_own():
+    async def scenario():
+        bench = Bench((4,))
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        for _ in range(LOSS_BUDGET):
+            assert not bench.stream.nacks
+            await bench.pool.lose()
+        (nack,) = bench.stream.nacks
+        assert (nack.block, nack.step, nack.reason) == (0, 1, pb.NACK_REASON_WORKER_LOST)
+        assert not bench.pool.calls
+        bench.snapshot(0, 2)
+        bench.dispatcher.kick()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 2)]
+
+    run(scenario)
+
+
+def test_who_only_queued_behind_a_death_is_not_blamed():
+    async def scenario():
+        bench = Bench((4,))
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        for _ in range(3 * LOSS_BUDGET):
+            await bench.pool.lose(computing=False)
+        assert not bench.stream.nacks
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 1)]
+
+    run(scenario)
+
+
+def test_a_lost_snapshot_yields_to_a_newer_one():
+    async def scenario():
+        bench = Bench((4,))
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        bench.snapshot(0, 2)
+        await bench.pool.lose()
+        await bench.pool.succeed()
+        assert not bench.pool.calls
+        assert bench.published() == [(0, 2)]
+
+    run(scenario)
+
+
+def test_a_failed_root_is_a_nack_and_the_rest_of_its_batch_is_published():
+    async def scenario():
+        bench = Bench((4,), (4,))
+        bench.snapshot(0, 1)
+        bench.snapshot(1, 1)
+        bench.dispatcher.kick()
+        _, tasks, future = bench.pool.calls.pop()
+        bad = RootOutcome(None, (0.0,), pb.NACK_REASON_INDEFINITE, "side 0: negative")
+        future.set_result([bad, RootOutcome(tasks[1].sides, (0.001,))])
+        await settle()
+        (nack,) = bench.stream.nacks
+        assert (nack.block, nack.reason, nack.detail) == (0, pb.NACK_REASON_INDEFINITE, "side 0: negative")
+        assert bench.published() == [(1, 1)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_session_closed_meanwhile(lost):
+    async def scenario():
+        bench = Bench((4,), (2000,), (2000,))
+        for block in range(3):
+            bench.snapshot(block, 1)
+        bench.dispatcher.kick()
+        bench.board.close(bench.session, "done")
+        bench.dispatcher.close(bench.session)
+        await (bench.pool.lose() if lost else bench.pool.succeed())
+        while bench.pool.calls:
+            await bench.pool.succeed()
+        assert not bench.stream.nacks
+
+    run(scenario)
+
+
+def test_dead_workers_get_no_work_until_they_are_back():
+    async def scenario():
+        bench = Bench((4,))
+        (worker,) = bench.pool.workers
+        worker.alive = False
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        assert not bench.pool.calls
+        worker.alive = True
+        bench.dispatcher.kick()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 1)]
+
+    run(scenario)

@@ -1,0 +1,204 @@
+"""The order in which blocks are computed: staleness, cost, batches, and fairness between jobs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preconditioner_service.scheduler import FAIR_SECONDS, BatchLimits, Scheduler
+
+ALONE = BatchLimits(blocks=1)
+
+
+def cubic(lengths) -> float:
+    return sum(1e-9 * n**3 for n in lengths)
+
+
+def make(limits: BatchLimits = ALONE, **bounds: int) -> Scheduler[str]:
+    scheduler: Scheduler[str] = Scheduler(cubic, limits)
+    for session, bound in (bounds or {"s": 100}).items():
+        scheduler.open(session, session, bound)
+    return scheduler
+
+
+def push(scheduler, block, n, version, newest=0, session="s", **more) -> None:
+    scheduler.push(
+        session, block, lengths=(n,), nbytes=4 * n * n, version=version, newest_step=newest, **more
+    )
+
+
+def order(scheduler) -> list:
+    found = []
+    while (batch := scheduler.next_batch()) is not None:
+        found += batch.blocks
+    return found
+
+
+def blocks(scheduler) -> list[int]:
+    return [block for _, block in order(scheduler)]
+
+
+def test_blocks_without_a_version_come_first_the_cheapest_of_them_before():
+    scheduler = make()
+    push(scheduler, 0, 10, version=0, newest=1000)
+    push(scheduler, 1, 100, version=None)
+    push(scheduler, 2, 50, version=None)
+    assert blocks(scheduler) == [2, 1, 0]
+
+
+def test_of_equal_cost_the_oldest_version_comes_first_then_the_first_to_arrive():
+    scheduler = make()
+    for block, version in enumerate([30, 10, 20, 10]):
+        push(scheduler, block, 64, version, newest=100)
+    assert blocks(scheduler) == [1, 3, 2, 0]
+
+
+def test_age_is_weighed_by_the_root_of_the_cost():
+    # 4 times the side is 64 times the cost: as urgent at 8 times the age.
+    for age, first in ((79, 1), (81, 0)):
+        scheduler = make(s=1000)
+        push(scheduler, 0, 256, version=1000 - age, newest=1000)
+        push(scheduler, 1, 64, version=990, newest=1000)
+        assert blocks(scheduler)[0] == first
+
+
+def test_refreshes_settle_at_rates_of_one_over_the_root_of_the_cost():
+    """Twenty blocks of each of two sizes, always with a newer snapshot, and one worker."""
+    scheduler = make(s=10**6)
+    lengths = [32] * 20 + [128] * 20
+    count = [0] * 40
+    clock = 0.0
+    for block, n in enumerate(lengths):
+        push(scheduler, block, n, version=0)
+    for _ in range(5000):
+        ((_, block),) = scheduler.next_batch().blocks
+        count[block] += 1
+        clock += cubic((lengths[block],))
+        step = int(clock * 1e6)
+        push(scheduler, block, lengths[block], step, newest=step)
+    assert sum(count[:20]) / sum(count[20:]) == pytest.approx(math.sqrt(4**3), rel=0.2)
+
+
+def test_age_counts_by_the_jobs_own_bound():
+    scheduler = make(strict=10, lax=1000)
+    push(scheduler, 0, 64, version=0, newest=20, session="lax")
+    push(scheduler, 0, 64, version=0, newest=5, session="strict")
+    assert order(scheduler) == [("strict", 0), ("lax", 0)]
+
+
+def test_a_block_waits_once_and_keeps_its_place():
+    scheduler = make()
+    push(scheduler, 0, 64, version=None)
+    push(scheduler, 1, 64, version=None)
+    push(scheduler, 0, 64, version=None)
+    assert len(scheduler) == 2
+    assert blocks(scheduler) == [0, 1]
+    assert len(scheduler) == 0
+    push(scheduler, 0, 64, version=None)
+    assert len(scheduler) == 1
+
+
+def test_small_blocks_share_a_batch_up_to_each_limit():
+    for limits, expected in (
+        (BatchLimits(seconds=1e9, blocks=3, nbytes=1 << 60), 3),
+        (BatchLimits(seconds=cubic((10,)) * 4.5, blocks=99, nbytes=1 << 60), 4),
+        (BatchLimits(seconds=1e9, blocks=99, nbytes=4 * 100 * 5), 5),
+    ):
+        scheduler = make(limits)
+        for block in range(10):
+            push(scheduler, block, 10, version=None)
+        batch = scheduler.next_batch()
+        assert [block for _, block in batch.blocks] == list(range(expected))
+        assert batch.seconds == pytest.approx(expected * cubic((10,)))
+
+
+def test_a_block_beyond_all_limits_travels_alone():
+    scheduler = make(BatchLimits(seconds=1e-9, blocks=64, nbytes=1))
+    push(scheduler, 0, 1000, version=None)
+    push(scheduler, 1, 1000, version=None)
+    assert [len(scheduler.next_batch().blocks) for _ in range(2)] == [1, 1]
+
+
+def test_a_suspect_shares_no_batch():
+    scheduler = make(BatchLimits(seconds=1e9))
+    push(scheduler, 0, 10, version=None)
+    push(scheduler, 1, 10, version=None, alone=True)
+    push(scheduler, 2, 10, version=None)
+    push(scheduler, 3, 10, version=None, alone=True)
+    batches = []
+    while (batch := scheduler.next_batch()) is not None:
+        batches.append({block for _, block in batch.blocks})
+    assert {1} in batches
+    assert {3} in batches
+    assert {0, 2} in batches
+
+
+def test_a_flooding_job_gets_no_more_than_its_share():
+    scheduler = make(flood=1, modest=0)
+    for block in range(2000):
+        push(scheduler, block, 200, version=None, session="flood")
+    push(scheduler, 0, 200, version=0, newest=10, session="modest")
+    waited = 0.0
+    for session, _ in order(scheduler):
+        if session == "modest":
+            break
+        waited += cubic((200,))
+    assert waited <= FAIR_SECONDS + cubic((200,))
+
+
+def test_an_idle_job_earns_no_claim_on_the_future():
+    scheduler = make(busy=100, idle=100)
+    for block in range(1000):
+        push(scheduler, block, 200, version=None, session="busy")
+    for _ in range(900):
+        scheduler.next_batch()
+    for block in range(1000):
+        push(scheduler, block, 200, version=0, newest=1, session="idle")
+    served = [session for session, _ in order(scheduler)][:150]
+    assert served.count("busy") > 50
+
+
+def test_claimed_steps_do_not_shut_out_a_sibling_session():
+    scheduler: Scheduler[str] = Scheduler(cubic, ALONE)
+    scheduler.open("a", "job", 100)
+    scheduler.open("b", "job", 100)
+    push(scheduler, 0, 64, version=0, newest=2**63, session="a")
+    push(scheduler, 0, 32, version=0, newest=2**63, session="b")
+    assert order(scheduler) == [("b", 0), ("a", 0)]
+
+
+def test_closing_forgets_what_waits():
+    scheduler = make(a=1, b=1)
+    push(scheduler, 0, 8, version=None, session="a")
+    push(scheduler, 0, 8, version=None, session="b")
+    scheduler.close("a", "a")
+    scheduler.close("a", "a")
+    assert len(scheduler) == 1
+    assert order(scheduler) == [("b", 0)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "c"]),
+            st.integers(0, 20),
+            st.sampled_from([4, 30, 90]),
+            st.one_of(st.none(), st.integers(0, 50)),
+            st.booleans(),
+        ),
+        max_size=60,
+    )
+)
+def test_every_block_is_handed_out_exactly_once(pushes):
+    scheduler = make(BatchLimits(), a=0, b=10, c=1000)
+    expected = set()
+    for session, block, n, version, alone in pushes:
+        push(scheduler, block, n, version, newest=60, session=session, alone=alone)
+        expected.add((session, block))
+    assert len(scheduler) == len(expected)
+    found = order(scheduler)
+    assert len(found) == len(expected)
+    assert set(found) == expected

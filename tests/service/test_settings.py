@@ -1,0 +1,139 @@
+"""Precedence, unknown keys, and errors that name the way out and no secret."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
+
+from preconditioner_service.settings import ServeSettings, is_loopback
+
+SECRET = "hush-hush-51d2"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    for name in [name for name in os.environ if name.upper().startswith("PRECONDITIONER_SERVICE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_TOKEN", SECRET)
+
+
+def parse(*arguments: str) -> ServeSettings:
+    return CliApp.run(ServeSettings, cli_args=list(arguments))
+
+
+@pytest.mark.usefixtures("token")
+def test_precedence(monkeypatch, tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text("port = 1\nnum_workers = 1\ncredit_bytes = 2097152\n")
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_PORT", "2")
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_NUM_WORKERS", "2")
+    settings = parse("--config", str(file), "--port", "3")
+    assert (settings.port, settings.num_workers, settings.credit_bytes) == (3, 2, 2097152)
+    assert settings.session_ttl == 60.0
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_CONFIG", str(file))
+    assert parse().credit_bytes == 2097152
+
+
+@pytest.mark.usefixtures("token")
+def test_defaults():
+    settings = parse()
+    assert (settings.host, settings.port, settings.ray_address) == ("127.0.0.1", 0, None)
+    assert settings.num_workers == len(os.sched_getaffinity(0))
+    assert settings.read_token() == SECRET
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings.model_dump())
+
+
+@pytest.mark.usefixtures("token")
+def test_unknown_keys_everywhere(monkeypatch, tmp_path):
+    with pytest.raises((SettingsError, SystemExit)):
+        parse("--prot", "1")
+    file = tmp_path / "service.toml"
+    file.write_text("prot = 1\n")
+    with pytest.raises(ValidationError, match="prot"):
+        parse("--config", str(file))
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_PROT", "1")
+    with pytest.raises(SettingsError, match="PRECONDITIONER_SERVICE_PROT"):
+        parse()
+
+
+@pytest.mark.usefixtures("token")
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.toml"):
+        parse("--config", str(tmp_path / "nowhere.toml"))
+    file = tmp_path / "broken.toml"
+    file.write_text("port 1\n")
+    with pytest.raises(SettingsError, match=r"broken\.toml"):
+        parse("--config", str(file))
+
+
+def test_a_token_is_needed_and_one_only(monkeypatch, tmp_path):
+    with pytest.raises(ValidationError, match="PRECONDITIONER_SERVICE_TOKEN"):
+        parse()
+    file = tmp_path / "token"
+    file.write_text(f"{SECRET}\n")
+    assert parse("--token-file", str(file)).read_token() == SECRET
+    with pytest.raises(SettingsError, match="missing"):
+        parse("--token-file", str(tmp_path / "missing")).read_token()
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="empty"):
+        parse("--token-file", str(file)).read_token()
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_TOKEN", SECRET)
+    with pytest.raises(ValidationError, match="one of token and token_file") as caught:
+        parse("--token-file", str(file))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.usefixtures("token")
+def test_off_loopback_needs_tls_or_the_flag(tmp_path):
+    with pytest.raises(ValidationError, match="--allow-plaintext") as caught:
+        parse("--host", "0.0.0.0")
+    assert SECRET not in str(caught.value)
+    assert parse("--host", "0.0.0.0", "--allow-plaintext").allow_plaintext
+    parse("--host", "0.0.0.0", "--tls-cert", str(tmp_path), "--tls-key", str(tmp_path))
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--tls-cert", "c.pem"), "tls_key"),
+        (("--tls-client-ca", "c.pem"), "tls_cert"),
+        (("--ray-address", "ray://head:10001"), "Ray Client"),
+        (("--port", "70000"), "port"),
+        (("--num-workers", "0"), "num_workers"),
+        (("--session-ttl", "inf"), "session_ttl"),
+        (("--session-ttl", "-1"), "session_ttl"),
+        (("--max-message-bytes", "1000"), "max_message_bytes"),
+        (("--log-level", "loud"), "log_level"),
+        (("--worker-nice", "20"), "worker_nice"),
+    ],
+)
+def test_values_out_of_range(arguments, named):
+    with pytest.raises(ValidationError, match=named):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("localhost", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_is_loopback(host, expected):
+    assert is_loopback(host) is expected

@@ -1,0 +1,127 @@
+"""The small ones: tokens, log lines, quotas, deadlines, the private Ray's environment, the reaper."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from raw_trainer import manifest, wait_for
+
+from preconditioner_service import logs, reaper
+from preconditioner_service.auth import token_matches
+from preconditioner_service.board import MAX_DEPTH, budget_bytes
+from preconditioner_service.local_ray import RayDirectory, private_environment
+from preconditioner_service.pool import deadline
+from preconditioner_service.quotas import QuotaError, Quotas
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("Bearer abc", True),
+        (b"Bearer abc", True),
+        ("Bearer abcd", False),
+        ("Bearer ab", False),
+        ("bearer abc", False),
+        ("abc", False),
+        ("", False),
+        (None, False),
+        ("Bearer " + "a" * 10_000, False),
+        ("Bearer \udcff", False),
+    ],
+)
+def test_token_matches(header, expected):
+    assert token_matches(header, "abc") is expected
+
+
+@pytest.fixture
+def log_lines(capsys):
+    def lines(level: str, log_format: str) -> list[str]:
+        logs.set_up(level, log_format)
+        logs.event(logging.INFO, "session opened", job="a", client='x" y=1\nforged', event="inner")
+        logs.event(logging.DEBUG, "quiet")
+        return capsys.readouterr().err.splitlines()
+
+    yield lines
+    logs.LOGGER.handlers.clear()
+
+
+def test_text_lines(log_lines):
+    (line,) = log_lines("info", "text")
+    assert line.endswith(r' INFO session opened job=a client="x\" y=1\nforged" event=inner')
+    assert len(log_lines("debug", "text")) == 2
+
+
+def test_json_lines(log_lines):
+    (line,) = log_lines("info", "json")
+    entry = json.loads(line)
+    assert (entry["event"], entry["level"], entry["job"]) == ("session opened", "info", "a")
+    assert entry["client"].endswith("forged")
+
+
+def test_quotas_name_value_and_limit():
+    quotas = Quotas(max_blocks=2, max_side=10, max_job_bytes=budget_bytes(manifest((10,))))
+    quotas.check_size(manifest((1,), (1,)))
+    quotas.check(manifest((10,)), 0)
+    with pytest.raises(QuotaError, match="3 blocks, allowed are 2"):
+        quotas.check_size(manifest((1,), (1,), (1,)))
+    with pytest.raises(QuotaError, match="snapshots_in_flight"):
+        quotas.check_size(manifest((1,), in_flight=MAX_DEPTH + 1))
+    with pytest.raises(QuotaError, match=r"blocks\[1\].*side of 11"):
+        quotas.check(manifest((1,), (1, 11)), 0)
+    with pytest.raises(QuotaError, match="the job's"):
+        quotas.check(manifest((10,)), 1)
+
+
+def test_a_budget_counts_all_that_may_be_held():
+    # 55 values of 4 bytes: one waits, one is computed, one is kept.
+    assert budget_bytes(manifest((10,))) == 3 * 220
+    assert budget_bytes(manifest((10,), in_flight=5)) == 11 * 220
+
+
+def test_deadlines_are_wide():
+    assert deadline(0.0) >= 30
+    assert deadline(10.0) >= 10 * 10
+
+
+def test_the_private_environment_forgets_other_rays():
+    environment = {"RAY_ADDRESS": "head:6379", "RAY_AUTH_TOKEN": "theirs", "HOME": "/home/me"}
+    private_environment(environment)
+    assert environment["HOME"] == "/home/me"
+    assert "RAY_ADDRESS" not in environment
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert len(environment["RAY_AUTH_TOKEN"]) >= 32
+    assert environment["RAY_AUTH_TOKEN"] != "theirs"
+
+
+def test_the_reaper_ends_who_holds_files_in_the_directory_and_removes_it():
+    directory = RayDirectory()
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    with (directory.path / "held").open("w") as held:
+        holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=held)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        wait_for(lambda: holder.pid in reaper.holders(str(directory.path), set()))
+        directory.remove()
+        assert holder.wait(10) == -9
+        assert not directory.path.exists()
+        assert other.poll() is None
+    finally:
+        holder.kill()
+        other.kill()
+        other.wait()
+
+
+def test_sockets_of_ray_fit_below_the_directory(monkeypatch, tmp_path):
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    directory = RayDirectory()
+    try:
+        socket = directory.path / "session_2026-01-01_00-00-00_000000_1234567" / "sockets" / "plasma_store.1"
+        assert len(str(socket)) <= 107
+    finally:
+        directory.remove()
