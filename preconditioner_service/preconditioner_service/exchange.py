@@ -156,6 +156,8 @@ class ExchangeStream:
 
     async def _read(self) -> None:
         while (message := await self._context.read()) is not grpc.aio.EOF:
+            if message is None:
+                raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "the bytes are no TrainerMessage")
             kind = message.WhichOneof("kind")
             if kind == "chunks":
                 await self._take(message.chunks)

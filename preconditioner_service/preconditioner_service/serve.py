@@ -24,8 +24,7 @@ from typing import Any, TextIO
 import grpc
 import grpc.aio
 
-from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
-from preconditioner_service import logs
+from preconditioner_service import logs, wire
 from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
 from preconditioner_service.dispatcher import Dispatcher
@@ -197,7 +196,7 @@ class _Run:
                 ("grpc.max_metadata_size", 16 * 1024),
             ],
         )
-        pb_grpc.add_PreconditionerServiceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
+        wire.add_to(server, self._service)
         self._health.add_to(server)
         if settings.reflection:
             enable_reflection(server)

@@ -20,7 +20,6 @@ from grpc_health.v1.health import aio as health_aio
 
 from preconditioner_protos import PROTOCOL_VERSION, ManifestError, check_open_request
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 from preconditioner_service.board import Admission, AdmissionError, Board, Session
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.exchange import Context, EndOfStream, ExchangeStream
@@ -51,8 +50,8 @@ class ExchangeLimits:
     session_ttl: float
 
 
-class Service(pb_grpc.PreconditionerServiceServicer):
-    """The servicer.
+class Service:
+    """The protocol's calls; :mod:`preconditioner_service.wire` makes gRPC call them.
 
     Args:
         board: all state.
@@ -183,7 +182,8 @@ class Service(pb_grpc.PreconditionerServiceServicer):
             raise EndOfStream(
                 grpc.StatusCode.INVALID_ARGUMENT, f"no Attach within {_ATTACH_TIMEOUT:.0f} s"
             ) from None
-        if message is grpc.aio.EOF or message.WhichOneof("kind") != "attach":
+        # None: bytes that are no message.
+        if message is None or message is grpc.aio.EOF or message.WhichOneof("kind") != "attach":
             raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "kind: the first message must be an Attach")
         attach: pb.Attach = message.attach
         return attach

@@ -96,6 +96,7 @@ def _shared_service(tmp_path_factory):
     assert service.line["event"] == "ready", service.line
     yield service
     service.end()
+    assert "Traceback" not in service.log(), "an exception that nobody handled"
 
 
 @pytest.fixture
