@@ -20,6 +20,8 @@ from .triangles import mirror_upper
 from .verification import default_bound, multiply, probes, residuals
 from .workspace import scratch
 
+_BATCHED_UP_TO = 128
+
 
 def solve(
     prepared: Prepared,
@@ -36,8 +38,8 @@ def solve(
     outcomes: list[Solution | RootError | None] = [None] * count
     values_BN = np.empty((count, n))
     vectors_BNN = scratch("vectors", count, n)
-    np.copyto(vectors_BNN, prepared.scaled_BNN)
     for i in range(count):
+        np.copyto(vectors_BNN[i], prepared.scaled_BNN[i])
         try:
             values_BN[i] = spectrum.decompose(vectors_BNN[i])[0]
         except np.linalg.LinAlgError as error:
@@ -53,7 +55,7 @@ def solve(
             f"{-allowed_B[i] * unit:.3g} beside the largest, {largest_B[i] * unit:.3g}; "
             f"statistics are sums of G G^T, so look at how these were made"
         )
-    mean_B = np.maximum(values_BN.mean(axis=1), 0.0)
+    mean_B = np.maximum(np.add.reduce(values_BN, axis=1) / n, 0.0)
     level_B = conditioning.level(largest_B, mean_B, prepared.exponent_B)
 
     roots_BNN = scratch("roots", count, n)
@@ -61,7 +63,7 @@ def solve(
     for retry in range(retries + 1):
         if not pending:
             break
-        tried_B = np.array([escalated(level_B[i], largest_B[i], n, retry) for i in pending])
+        tried_B = escalated(level_B[pending], largest_B[pending], n, retry)
         if len(pending) == count:
             attempt = _Attempt(prepared.scaled_BNN, values_BN, vectors_BNN, roots_BNN)
         else:
@@ -72,28 +74,40 @@ def solve(
                 np.empty((len(pending), n, n)),
             )
         attempt.run(tried_B, conditioning.truncates, order, residual_bound)
-        for k, i in enumerate(pending):
-            residual, bound = float(attempt.residual_B[k]), float(attempt.bound_B[k])
+        if attempt.root_BNN is not roots_BNN:
+            roots_BNN[pending] = attempt.root_BNN
+        figures = zip(
+            pending,
+            values_BN[pending, 0].tolist(),
+            largest_B[pending].tolist(),
+            attempt.condition_B.tolist(),
+            tried_B.tolist(),
+            attempt.rank_B.tolist(),
+            attempt.residual_B.tolist(),
+            attempt.bound_B.tolist(),
+            strict=True,
+        )
+        for i, smallest, largest, conditioned, level, rank, residual, bound in figures:
             if residual <= bound:
-                if attempt.root_BNN is not roots_BNN:
-                    roots_BNN[i] = attempt.root_BNN[k]
-                outcomes[i] = Solution(
-                    0,
-                    float(values_BN[i, 0]),
-                    float(largest_B[i]),
-                    float(attempt.condition_B[k]),
-                    float(tried_B[k]),
-                    int(attempt.rank_B[k]),
-                    residual,
-                    bound,
-                    retry,
-                )
+                outcomes[i] = Solution(0, smallest, largest, conditioned, level, rank, residual, bound, retry)
             elif retry == retries:
                 unit = float(np.ldexp(1.0, int(prepared.exponent_B[i])))
                 kind = "threshold" if conditioning.truncates else "ridge"
-                outcomes[i] = ResidualError(failure(kind, tried_B[k] * unit, residual, bound, retries))
+                outcomes[i] = ResidualError(failure(kind, level * unit, residual, bound, retries))
         pending = [i for i in pending if outcomes[i] is None]
     return roots_BNN, [outcome for outcome in outcomes if outcome is not None]
+
+
+def _gram(factor_BNN: Floats, out_BNN: Floats) -> None:
+    """Write F^T F of each F, exactly symmetric, to out_BNN."""
+    if factor_BNN.shape[1] <= _BATCHED_UP_TO:
+        # numpy sees that both operands are the same memory, calls xSYRK and mirrors in one pass. Where it is
+        # built without BLAS it sums both triangles in the same order.
+        np.matmul(factor_BNN.transpose(0, 2, 1), factor_BNN, out=out_BNN)
+        return
+    for factor_NN, out_NN in zip(factor_BNN, out_BNN, strict=True):
+        blas.dsyrk(1.0, factor_NN.T, c=out_NN.T, lower=1, overwrite_c=1)
+    mirror_upper(out_BNN)
 
 
 class _Attempt:
@@ -127,9 +141,7 @@ class _Attempt:
 
         factor_BNN = scratch("factor", count, n)
         np.multiply(self.vectors_BNN, half_BN[:, :, None], out=factor_BNN)
-        for factor_NN, root_NN in zip(factor_BNN, self.root_BNN, strict=True):
-            blas.dsyrk(1.0, factor_NN.T, c=root_NN.T, lower=1, overwrite_c=1)
-        mirror_upper(self.root_BNN)
+        _gram(factor_BNN, self.root_BNN)
         ridge_B = np.zeros(count) if truncates else level_B
         chosen_B = refinement.worthwhile(n, self.condition_B, exponent)
         if chosen_B.any():

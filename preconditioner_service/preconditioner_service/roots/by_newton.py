@@ -71,10 +71,11 @@ def _solve_one(
             f"statistics are sums of G G^T, so look at how these were made"
         )
     mean_1 = np.array([max(float(np.trace(scaled_NN)) / n, 0.0)])
-    level = float(conditioning.level(np.array([largest]), mean_1, np.array([exponent]))[0])
-    ridge, residual, bound = level, np.inf, 0.0
+    largest_1 = np.array([largest])
+    level_1 = conditioning.level(largest_1, mean_1, np.array([exponent]))
+    ridge, residual, bound = 0.0, np.inf, 0.0
     for retry in range(retries + 1):
-        ridge = escalated(level, largest, n, retry)
+        ridge = float(escalated(level_1, largest_1, n, retry)[0])
         if largest + ridge == 0.0 or not _is_definite(scaled_NN, ridge):
             continue
         conditioned_NN = scaled_NN.copy()

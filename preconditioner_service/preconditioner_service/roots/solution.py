@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .conditioning import Floats
+
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -24,9 +26,11 @@ class Solution:
     retries: int
 
 
-def escalated(level: float, largest: float, n: int, retries: int) -> float:
+def escalated(level_B: Floats, largest_B: Floats, n: int, retries: int) -> Floats:
     """The ridge or threshold of a retry: ten times more each time, and never lost in rounding."""
-    return level if retries == 0 else max(level, n * _EPS * largest) * 10.0**retries
+    if retries == 0:
+        return level_B
+    return np.maximum(level_B, n * _EPS * largest_B) * 10.0**retries
 
 
 def failure(kind: str, level: float, residual: float, bound: float, retries: int) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .conditioning import Floats
 
 _STRIP = 64
+_MIRROR_STRIP = 32
 
 
 def unpack(packed_BP: NDArray[Any], out_BNN: NDArray[Any]) -> None:
@@ -35,8 +36,8 @@ def pack(matrix_NN: NDArray[Any]) -> NDArray[Any]:
 def mirror_upper(stack_BNN: NDArray[Any]) -> None:
     """Copy the upper triangles onto the lower ones, in place: exactly symmetric from then on."""
     n = stack_BNN.shape[1]
-    for start in range(0, n, _STRIP):
-        end = start + _STRIP
+    for start in range(0, n, _MIRROR_STRIP):
+        end = start + _MIRROR_STRIP
         square_BSS = stack_BNN[:, start:end, start:end]
         lower_SS = _strictly_lower(square_BSS.shape[1])
         np.copyto(square_BSS, square_BSS.transpose(0, 2, 1).copy(), where=lower_SS)
@@ -69,6 +70,6 @@ def largest_asymmetry(stack_BNN: NDArray[Any]) -> Floats:
     return largest_B
 
 
-@lru_cache(maxsize=_STRIP)
+@lru_cache(maxsize=_MIRROR_STRIP)
 def _strictly_lower(n: int) -> NDArray[np.bool_]:
     return np.tri(n, k=-1, dtype=np.bool_)
