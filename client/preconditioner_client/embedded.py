@@ -9,7 +9,6 @@ this process is killed with SIGKILL.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -23,15 +22,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO
 
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.relay import Relay
-from preconditioner_client.service_config import ServiceConfig
 
 logger = logging.getLogger("preconditioner_client")
 
-INSTALL_HINT = "pip install 'async-preconditioner[service]'"
 # A service that was told to end ends hard by itself after 8 s.
 _TERM_SECONDS = 10.0
 _KILL_SECONDS = 2.0
@@ -53,20 +50,6 @@ _INHERITED = frozenset(
         "OBJECT_STORE_BYTES",
     )
 )
-
-
-def check_installed() -> None:
-    """Look whether an embedded service can be started, importing nothing of it.
-
-    Raises:
-        ExchangeError: something is not installed; with the command that does it.
-    """
-    for module in ("preconditioner_service", "ray"):
-        if importlib.util.find_spec(module) is None:
-            raise ExchangeError(
-                f"service='embedded' needs {module}, which is not installed here: run {INSTALL_HINT}, or "
-                f"give the address of a running service, as in service='host:50051'"
-            )
 
 
 class EmbeddedService:
@@ -110,7 +93,7 @@ class EmbeddedService:
         return Path(self._directory) / "service.log"
 
     def locate(self, timeout: float) -> tuple[str, str] | None:
-        """Address and token, as :class:`supervisor.Endpoint` has it.
+        """Address and token, as :class:`endpoint.Endpoint` has it.
 
         Raises:
             ExchangeError: the service could not be started for the first time; with the reason.
@@ -285,43 +268,9 @@ def _abandon_all() -> None:
     for service in _live:
         service.abandon()
     _live.clear()
-    EmbeddedEndpoint._guard = threading.Lock()  # another thread may have held it when the fork happened
 
 
 os.register_at_fork(after_in_child=_abandon_all)
-
-
-class EmbeddedEndpoint:
-    """The embedded service of this process, shared by all optimizers that want the same settings.
-
-    The first makes it, the last to be released ends it.
-    """
-
-    _shared: ClassVar[dict[tuple[int, int | None], tuple[EmbeddedService, int]]] = {}
-    _guard: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, config: ServiceConfig) -> None:
-        self._key = (os.getpid(), config.workers)
-        with self._guard:
-            service, users = self._shared.get(self._key, (None, 0))
-            if service is None:
-                service = EmbeddedService(config.workers, config.start_timeout)
-            self._shared[self._key] = (service, users + 1)
-        self.service = service
-
-    def locate(self, timeout: float) -> tuple[str, str] | None:
-        """See :class:`supervisor.Endpoint`."""
-        return self.service.locate(timeout)
-
-    def release(self) -> None:
-        """See :class:`supervisor.Endpoint`."""
-        with self._guard:
-            service, users = self._shared[self._key]
-            if users > 1:
-                self._shared[self._key] = (service, users - 1)
-                return
-            del self._shared[self._key]
-        service.close()
 
 
 def _command(workers: int | None) -> list[str]:

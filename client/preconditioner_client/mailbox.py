@@ -6,10 +6,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from preconditioner_client.announcement import open_request
 from preconditioner_client.exchange import Arrival, ExchangeError, Rejection, SessionSpec, Snapshot
 from preconditioner_client.inbox import Inbox
 from preconditioner_client.outbox import Key, Outbox
 from preconditioner_protos import packed_length
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
 _COUNTERS = (
     "bytes_sent",
@@ -29,12 +31,21 @@ class Order:
     """A session that the trainer asked for; compared by identity, since a later one replaces it."""
 
     spec: SessionSpec
+    request: pb.OpenSessionRequest
     block_bytes: tuple[int, ...]
 
     @classmethod
     def of(cls, spec: SessionSpec) -> Order:
-        """The order for a session, with the packed size of each of its blocks."""
-        return cls(spec, tuple(sum(map(packed_length, b.sides)) * _ITEM_BYTES for b in spec.blocks))
+        """The order for a session: how it is announced, and the packed size of each of its blocks.
+
+        Raises:
+            ManifestError: the session contradicts the protocol.
+        """
+        return cls(
+            spec,
+            open_request(spec),
+            tuple(sum(map(packed_length, b.sides)) * _ITEM_BYTES for b in spec.blocks),
+        )
 
 
 class Lane:
@@ -91,7 +102,11 @@ class Mailbox:
         return self._seen_generation
 
     def open(self, spec: SessionSpec) -> None:
-        """Ask for a session; everything of the one before is dropped."""
+        """Ask for a session; everything of the one before is dropped.
+
+        Raises:
+            ManifestError: the session contradicts the protocol.
+        """
         order = Order.of(spec)
         with self._lock:
             self._settle()

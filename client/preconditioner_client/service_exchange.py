@@ -13,11 +13,11 @@ import weakref
 from collections.abc import Sequence
 
 from preconditioner_client.connection import preflight
-from preconditioner_client.embedded import EmbeddedEndpoint, check_installed
+from preconditioner_client.endpoint import EmbeddedEndpoint, Endpoint, FixedEndpoint, check_installed
 from preconditioner_client.exchange import Arrival, Rejection, SessionSpec, Snapshot
 from preconditioner_client.mailbox import Mailbox
 from preconditioner_client.service_config import ServiceConfig
-from preconditioner_client.supervisor import Endpoint, FixedEndpoint, Supervisor
+from preconditioner_client.supervisor import Supervisor
 
 logger = logging.getLogger("preconditioner_client")
 
@@ -60,7 +60,11 @@ class ServiceExchange:
         return self._mailbox.generation
 
     def open(self, session: SessionSpec) -> None:
-        """See :class:`Exchange`."""
+        """See :class:`Exchange`.
+
+        Raises:
+            ValueError: the session contradicts the protocol; the message names field and value.
+        """
         if self._closed:
             raise RuntimeError("the exchange is closed")
         if self._foreign():

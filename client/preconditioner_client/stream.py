@@ -39,7 +39,6 @@ class Stream:
         mailbox: where everything comes from and goes to.
         lane: this stream's name in the mailbox.
         order: the session.
-        manifest: as it was sent.
         opened: the service's answer to it.
         credit_bytes: preconditioner bytes that the service may have without answer.
     """
@@ -49,7 +48,6 @@ class Stream:
         mailbox: Mailbox,
         lane: Lane,
         order: Order,
-        manifest: pb.Manifest,
         opened: pb.OpenSessionResponse,
         credit_bytes: int,
     ) -> None:
@@ -59,7 +57,7 @@ class Stream:
         self._session_id = opened.session_id
         self._limits = opened.limits
         self._credit_bytes = credit_bytes
-        self._layout = Layout.of_preconditioners(manifest)
+        self._layout = Layout.of_preconditioners(order.request.manifest)
         self._assembler = Assembler(self._layout)
         self._call: Any = None
         self._retired = threading.Event()

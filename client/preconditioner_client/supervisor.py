@@ -6,13 +6,10 @@ import logging
 import random
 import threading
 import time
-from dataclasses import dataclass
-from importlib import metadata as distribution
-from typing import Protocol
 
 import grpc
 
-from preconditioner_client.config import Ridge, RidgeKind
+from preconditioner_client.announcement import check_opened
 from preconditioner_client.connection import (
     Failure,
     Metadata,
@@ -23,12 +20,12 @@ from preconditioner_client.connection import (
     stub,
     warn_unreachable,
 )
-from preconditioner_client.exchange import ExchangeError, SessionSpec
+from preconditioner_client.endpoint import Endpoint
+from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.mailbox import Mailbox, Order
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.stream import Stream
-from preconditioner_protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
-from preconditioner_protos.manifest import MAX_NAME_BYTES
+from preconditioner_protos import MAX_MESSAGE_BYTES
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
 
@@ -38,42 +35,6 @@ _LARGEST_MESSAGE = 64 * 1024 * 1024  # more than that no service may make us rec
 _LOCATE_SECONDS = 0.5
 _CLOSE_SESSION_SECONDS = 1.0
 _STEADY_SECONDS = 5.0
-
-_RIDGE_KINDS = {
-    RidgeKind.RELATIVE: pb.RIDGE_KIND_RELATIVE,
-    RidgeKind.ABSOLUTE: pb.RIDGE_KIND_ABSOLUTE,
-    RidgeKind.TRACE: pb.RIDGE_KIND_TRACE,
-    RidgeKind.PSEUDO_INVERSE: pb.RIDGE_KIND_PSEUDO_INVERSE,
-}
-
-
-class Endpoint(Protocol):
-    """Where the service is now."""
-
-    def locate(self, timeout: float) -> tuple[str, str | None] | None:
-        """Address and token; None if there is none within ``timeout`` seconds, but there may be later.
-
-        Raises:
-            ExchangeError: there will never be one.
-            ValueError: the token cannot be read.
-        """
-
-    def release(self) -> None:
-        """Not needed any more. Called once, from the background; may block for seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class FixedEndpoint:
-    """A service that somebody else runs."""
-
-    config: ServiceConfig
-
-    def locate(self, timeout: float) -> tuple[str, str | None]:
-        """See :class:`Endpoint`."""
-        return self.config.address, self.config.read_token()
-
-    def release(self) -> None:
-        """See :class:`Endpoint`."""
 
 
 class Backoff:
@@ -161,7 +122,6 @@ class Supervisor:
         """Keep one session going until it is replaced, stopped or superseded."""
         self._opened = None
         self._logged.clear()
-        request = open_request(order.spec)
         backoff = Backoff()
         while self._mailbox.order is order:
             self._attached_at = None
@@ -169,7 +129,7 @@ class Supervisor:
                 place = self._endpoint.locate(_LOCATE_SECONDS)
                 if place is None:
                     continue
-                failure = self._attempt(order, request, *place)
+                failure = self._attempt(order, *place)
             except (ExchangeError, ValueError) as error:
                 failure = Failure(Outcome.REFUSED, str(error))
             except Exception:
@@ -205,9 +165,7 @@ class Supervisor:
             return True
         return False
 
-    def _attempt(
-        self, order: Order, request: pb.OpenSessionRequest, address: str, token: str | None
-    ) -> Failure:
+    def _attempt(self, order: Order, address: str, token: str | None) -> Failure:
         """Connect, open the session unless it still lives, attach, and run the stream to its end."""
         if address != self._opened_at:
             self._opened, self._opened_at = None, address
@@ -216,10 +174,10 @@ class Supervisor:
             calls = stub(channel)
             try:
                 if self._opened is None:
-                    opened = self._open(calls, request, headers)
+                    opened = self._open(calls, order.request, headers)
                     check_opened(opened, address)
                     self._opened = opened
-                failure = self._stream(order, request.manifest, self._opened, channel, address, headers)
+                failure = self._stream(order, self._opened, channel, address, headers)
             except grpc.RpcError as error:
                 failure = explain(error, address, job=order.spec.job)
             if self._opened is not None and self._mailbox.order is not order:
@@ -242,7 +200,6 @@ class Supervisor:
     def _stream(
         self,
         order: Order,
-        manifest: pb.Manifest,
         opened: pb.OpenSessionResponse,
         channel: grpc.Channel,
         address: str,
@@ -252,13 +209,12 @@ class Supervisor:
         limit = min(opened.limits.max_message_bytes or MAX_MESSAGE_BYTES, _LARGEST_MESSAGE)
         if front or limit > MAX_MESSAGE_BYTES:
             with open_channel(self._config, front or address, limit) as data:
-                return self._run_stream(order, manifest, opened, data, front or address, headers)
-        return self._run_stream(order, manifest, opened, channel, address, headers)
+                return self._run_stream(order, opened, data, front or address, headers)
+        return self._run_stream(order, opened, channel, address, headers)
 
     def _run_stream(
         self,
         order: Order,
-        manifest: pb.Manifest,
         opened: pb.OpenSessionResponse,
         channel: grpc.Channel,
         address: str,
@@ -267,7 +223,7 @@ class Supervisor:
         lane = self._mailbox.begin(order)
         if lane is None:
             return Failure(Outcome.RETRY, "the session was replaced")
-        stream = Stream(self._mailbox, lane, order, manifest, opened, self._config.credit_bytes)
+        stream = Stream(self._mailbox, lane, order, opened, self._config.credit_bytes)
         self._active = stream
         try:
             error = stream.run(channel, headers, self._config.connect_timeout, on_attached=self._attached)
@@ -291,63 +247,3 @@ class Supervisor:
             calls.CloseSession(request, timeout=_CLOSE_SESSION_SECONDS, metadata=headers)
         except grpc.RpcError as error:
             logger.debug("CloseSession: %s", error)  # the service frees the session after its ttl
-
-
-def open_request(spec: SessionSpec) -> pb.OpenSessionRequest:
-    """What announces a session."""
-    blocks = [
-        pb.Block(
-            name=block.name.encode()[:MAX_NAME_BYTES].decode(errors="ignore"),
-            sides=[
-                pb.Side(length=n, root_order=p) for n, p in zip(block.sides, block.root_orders, strict=True)
-            ],
-            ridge=_ridge(block.ridge),
-        )
-        for block in spec.blocks
-    ]
-    return pb.OpenSessionRequest(
-        protocol_version=PROTOCOL_VERSION,
-        job=spec.job,
-        rank=spec.rank,
-        world_size=spec.world_size,
-        epoch=spec.epoch,
-        manifest=pb.Manifest(
-            blocks=blocks,
-            statistics_dtype=pb.DTYPE_FLOAT32,
-            preconditioner_dtype=pb.DTYPE_FLOAT32,
-            snapshots_in_flight=spec.snapshots_in_flight,
-        ),
-        max_staleness=spec.max_staleness,
-        client=_client_name(),
-    )
-
-
-def check_opened(opened: pb.OpenSessionResponse, address: str) -> None:
-    """Hold the service's answer against what this client can do.
-
-    Raises:
-        ExchangeError: another protocol version, or a placement over several fronts.
-    """
-    if opened.protocol_version != PROTOCOL_VERSION:
-        raise ExchangeError(
-            f"the preconditioner service at {address} answers in protocol version {opened.protocol_version}, "
-            f"this client speaks {PROTOCOL_VERSION}: install versions of async-preconditioner that agree"
-        )
-    fronts = [front.address or address for front in opened.placement.fronts]
-    if len(fronts) > 1:
-        raise ExchangeError(
-            f"the preconditioner service at {address} places the blocks on {len(fronts)} fronts "
-            f"({', '.join(fronts[:4])}{', ...' if len(fronts) > 4 else ''}), and this client speaks to one: "
-            f"let the service run with one front, or install a client that speaks to several"
-        )
-
-
-def _ridge(ridge: Ridge) -> pb.Ridge:
-    return pb.Ridge(kind=_RIDGE_KINDS[ridge.kind], value=ridge.value)
-
-
-def _client_name() -> str:
-    try:
-        return f"preconditioner_client {distribution.version('async-preconditioner')}"
-    except distribution.PackageNotFoundError:
-        return "preconditioner_client"

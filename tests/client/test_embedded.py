@@ -17,7 +17,8 @@ import pytest
 from exchange_session import session
 from fake_front import until
 from preconditioner_client import embedded
-from preconditioner_client.embedded import EmbeddedEndpoint, EmbeddedService, check_installed
+from preconditioner_client.embedded import EmbeddedService
+from preconditioner_client.endpoint import EmbeddedEndpoint, check_installed
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange

@@ -21,6 +21,7 @@ from exchange_session import RIDGE, collect, opened, session, snapshot
 from fake_front import FakeFront, answer, roots, until
 from preconditioner_client.exchange import (
     Arrival,
+    BlockSpec,
     Exchange,
     ExchangeError,
     Rejection,
@@ -90,6 +91,22 @@ def test_the_session_is_announced_as_the_protocol_has_it(front, connect):
     assert [side.root_order for side in manifest.blocks[0].sides] == [4.0, 4.0]
     assert manifest.blocks[0].ridge == pb.Ridge(kind=pb.RIDGE_KIND_ABSOLUTE, value=0.1)
     assert (front.stream.attach.epoch, front.stream.attach.credit_bytes) == (9, 123456)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"job": "two words"}, "job 'two words' is not"),
+        ({"rank": 2}, "rank 2 and world_size 1"),
+        ({"epoch": -1}, "-1"),
+        ({"blocks": (BlockSpec("a", (0,), (2.0,), RIDGE),)}, r"blocks\[0\].sides\[0\].length must be >= 1"),
+    ],
+)
+def test_a_session_that_cannot_be_right_is_told_at_once(front, connect, settings, message):
+    exchange = connect(front.address)
+    with pytest.raises(ValueError, match=message):
+        exchange.open(dataclasses.replace(session(), **settings))
+    opened(exchange, session())
 
 
 def test_messages_keep_to_the_limit_of_the_service(front, connect):

@@ -219,7 +219,7 @@ def test_an_embedded_service_that_cannot_start_says_why(monkeypatch):
 
 
 def test_an_explicit_address_with_the_wrong_token(exchange):
-    from preconditioner_client.embedded import EmbeddedEndpoint
+    from preconditioner_client.endpoint import EmbeddedEndpoint
     from preconditioner_client.exchange import ExchangeError
 
     endpoint = EmbeddedEndpoint(ServiceConfig(workers=1))
