@@ -21,11 +21,14 @@ DEFAULT_STEPS: Mapping[str, int] = {"text": 1500, "digits": 300}
 
 
 def settle(workload: str, optimizer: str, explicit: OptimizerSettings | None = None) -> AnyOptimizer:
-    """Settings of an optimizer on a workload: what was set explicitly, else tuned, else the defaults."""
+    """Settings of an optimizer on a workload: what was set explicitly, else tuned, else the defaults.
+
+    Where roots come from is no hyperparameter: tunings use exact virtual delays, runs the real service.
+    """
     tuning = committed(workload, optimizer)
     base = TypeAdapter(AnyOptimizer).validate_python({"name": optimizer}) if tuning is None else tuning.best
     changes = {} if explicit is None else explicit.model_dump(include=explicit.model_fields_set)
-    return type(base).model_validate({**base.model_dump(), **changes})
+    return type(base).model_validate({**base.model_dump(exclude={"service"}), **changes})
 
 
 def horizon(workload: str, optimizer: str, steps: int | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from preconditioner_worker.optimizers import AdamWSettings
+from preconditioner_worker.optimizers import AdamWSettings, ShampooSettings
 from preconditioner_worker.tuning import Grid
 
 GRIDS: Mapping[tuple[str, str], Grid] = {
@@ -17,6 +17,26 @@ GRIDS: Mapping[tuple[str, str], Grid] = {
             {"weight_decay": [0.03, 0.3]},
             {"beta2": [0.95, 0.999]},
             {"beta1": [0.95]},
+        ],
+    ),
+    # In exact virtual steps, about as late as a service beside the training process: it repeats bit for bit.
+    ("text", "shampoo"): Grid(
+        workload="text",
+        start=ShampooSettings(
+            lr=4e-3,
+            grafting_beta2=0.99,
+            statistics_beta=0.99,
+            weight_decay=0.1,
+            service="local:10",
+        ),
+        steps=750,
+        stages=[
+            {"exponent": [None, 0.5]},
+            {"lr": [3e-3, 6e-3, 8e-3]},
+            {"statistics_beta": [0.95, 0.998]},
+            {"grafting_beta2": [0.95]},
+            {"weight_decay": [0.3]},
+            {"ridge_value": [1e-4]},
         ],
     ),
 }
