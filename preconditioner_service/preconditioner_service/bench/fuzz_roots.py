@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -244,9 +245,10 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['wrong']} wrong, {result['unexpected']} unexpected exceptions; "
         f"largest residual / bound {result['worst_residual_over_bound']:.2g}; {result['seconds']:.1f} s"
     )
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD)
     for name in ("kind", "root", *names):
-        table.add_column(name, justify="left" if name == "kind" else "right")
+        short = name.removesuffix("Error")
+        table.add_column(short, justify="left" if name == "kind" else "right")
     for kind, counts in result["outcomes"].items():
         table.add_row(kind, *(str(counts.get(name, 0)) for name in ("root", *names)))
     return table

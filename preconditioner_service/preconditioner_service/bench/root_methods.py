@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy.linalg import lapack
@@ -182,7 +183,7 @@ def _error(matrix: Floats, pair: Pair) -> float:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="symmetric eigendecomposition, one thread")
+    table = Table(title="symmetric eigendecomposition, one thread", box=SIMPLE_HEAD)
     for name in ("n", "method", "ms", "/ dsyevd", "error", "defect"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:

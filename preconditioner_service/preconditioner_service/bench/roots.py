@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy.linalg import blas, lapack
@@ -175,10 +176,10 @@ def torch_recipe(stack: NDArray[np.float32], order: float, torch: Any) -> Conten
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Return the measurements for people."""
-    out = Table(title="milliseconds per root, one thread; medians")
-    for name in ("n", "batch", "ours", "dsyevd + dsyrk", "torch eigh", "Schur-Newton"):
+    out = Table(title="milliseconds per root and ratios, one thread, medians", box=SIMPLE_HEAD)
+    for name in ("n", "batch", "ours", "LAPACK", "torch", "Newton"):
         out.add_column(name, justify="right")
-    for name in ("ours / LAPACK", "ours / torch", "ours / Schur-Newton"):
+    for name in ("/ LAPACK", "/ torch", "/ Newton"):
         out.add_column(name, justify="right", style="bold")
     for row in rows:
         times = [row["seconds"].get(name) for name in CONTENDERS]
@@ -186,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         out.add_row(
             str(row["n"]),
             str(row["batch"]),
-            *("-" if value is None else f"{value * 1e3:.3f}" for value in times),
+            *("-" if value is None else f"{value * 1e3:.4g}" for value in times),
             *("-" if value is None else f"{value:.3f}" for value in ratios),
         )
     return out

@@ -30,7 +30,13 @@ def unpack(packed_BP: NDArray[Any], out_BNN: NDArray[Any]) -> None:
 
 def pack(matrix_NN: NDArray[Any]) -> NDArray[Any]:
     """Return the upper triangle of a symmetric (n, n) matrix, row by row, as (n (n + 1) / 2,)."""
-    return matrix_NN[np.triu_indices(len(matrix_NN))]
+    n = len(matrix_NN)
+    packed_P = np.empty(n * (n + 1) // 2, matrix_NN.dtype)
+    start = 0
+    for row in range(n):
+        packed_P[start : start + n - row] = matrix_NN[row, row:]
+        start += n - row
+    return packed_P
 
 
 def mirror_upper(stack_BNN: NDArray[Any]) -> None:

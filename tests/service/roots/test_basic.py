@@ -57,6 +57,10 @@ def test_packed_equals_square(dtype):
     assert np.array_equal(square.matrix, packed.matrix)
 
 
+def test_pack_is_the_upper_triangle_row_by_row():
+    assert pack(np.arange(9.0).reshape(3, 3)).tolist() == [0, 1, 2, 4, 5, 8]
+
+
 def test_input_is_never_modified():
     for matrix in (wishart(40), wishart(40).astype(np.float32), pack(wishart(40))):
         matrix.flags.writeable = False
