@@ -1,0 +1,234 @@
+"""What joins the client to other libraries: its metrics in their logs, and ``attach`` in loops with closures.
+
+Nothing of TensorBoard, Hugging Face or Lightning is imported before one of these functions asks for it.
+
+==============================  =======================================================================
+:func:`scalars`                 the metrics as a flat dict of floats, for any logger
+:func:`log_to_tensorboard`      to a ``SummaryWriter``
+:func:`hf_callback`             into the logs of a Hugging Face ``Trainer``; see :func:`report_first` too
+:func:`lightning_callback`      to the loggers of a Lightning ``Trainer``
+:func:`run_closure_first`       lets an optimizer with a preconditioner attached be called with a closure,
+                                as Lightning does
+==============================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+PREFIX = "preconditioner/"
+"""Before the name of every metric, so that they stand together and clash with none of the loop's own."""
+
+# A timestamp, which no chart is for.
+_NOT_LOGGED = frozenset({"epoch"})
+
+
+@runtime_checkable
+class MetricsSource(Protocol):
+    """Anything with ``metrics()``: a ``Shampoo`` optimizer, or the handle that ``attach`` returns."""
+
+    def metrics(self) -> dict[str, Any]:
+        """See ``Shampoo.metrics``."""
+
+
+def metrics_source(optimizer: Any) -> MetricsSource:
+    """What has the metrics of an optimizer, which a framework may have wrapped.
+
+    Args:
+        optimizer: a ``Shampoo``, an optimizer that a preconditioner was attached to, or one of these inside
+            wrappers that keep it as ``optimizer`` (as those of Accelerate and Lightning do).
+
+    Raises:
+        ValueError: there is no preconditioner in it.
+    """
+    found = optimizer
+    while found is not None:
+        attached = getattr(found, "_attached_preconditioner", None)
+        if attached is not None:
+            found = attached
+        if isinstance(found, MetricsSource):
+            return found
+        found = getattr(found, "optimizer", None)
+    raise ValueError(
+        f"{type(optimizer).__name__} has no preconditioner: it is no Shampoo, and nothing was attached to it"
+    )
+
+
+def scalars(metrics: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, float]:
+    """Metrics as floats under prefixed names, as loggers want them.
+
+    A list becomes its mean and its maximum (``ages`` gives ``ages_mean`` and ``ages_max``). What has no value
+    yet is left out, and so is ``epoch``.
+    """
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name in _NOT_LOGGED:
+            continue
+        if isinstance(value, (bool, int, float)):
+            flat[prefix + name] = float(value)
+        elif isinstance(value, (list, tuple)) and value:
+            flat[f"{prefix}{name}_mean"] = float(sum(value) / len(value))
+            flat[f"{prefix}{name}_max"] = float(max(value))
+    return flat
+
+
+class ScalarWriter(Protocol):
+    """The part of ``torch.utils.tensorboard.SummaryWriter`` that is used here."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Write one value."""
+
+
+def log_to_tensorboard(writer: ScalarWriter, optimizer: Any, step: int, prefix: str = PREFIX) -> None:
+    """Write the metrics of a step.
+
+    Args:
+        writer: a ``SummaryWriter`` of ``torch.utils.tensorboard`` or tensorboardX.
+        optimizer: see :func:`metrics_source`.
+        step: the loop's own count.
+        prefix: before every name.
+    """
+    for tag, value in scalars(metrics_source(optimizer).metrics(), prefix).items():
+        writer.add_scalar(tag, value, step)
+
+
+class _HFMetrics:
+    """The callback's methods, apart from its base class, which is known once transformers is imported."""
+
+    def __init__(self, optimizer: Any, prefix: str) -> None:
+        self._optimizer = optimizer
+        self._prefix = prefix
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Add the metrics to a log of training; those of an evaluation and of the end are left alone."""
+        if logs is None or "loss" not in logs:
+            return
+        source = metrics_source(optimizer if self._optimizer is None else self._optimizer)
+        values = scalars(source.metrics(), self._prefix)
+        logs.update(values)
+        # The Trainer has put a copy into the history before it calls anybody.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+
+def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
+    """A ``transformers.TrainerCallback`` that adds the metrics to every log of training.
+
+    As in ``Trainer(..., callbacks=[hf_callback()])``: then the metrics are in ``state.log_history`` and in
+    what is printed. The reporters (``report_to``) run before the callbacks of a user; for them hand the
+    callback to :func:`report_first` instead.
+
+    Args:
+        optimizer: see :func:`metrics_source`; default the Trainer's.
+        prefix: before every name.
+    """
+    base = importlib.import_module("transformers").TrainerCallback
+    return type("PreconditionerMetrics", (_HFMetrics, base), {})(optimizer, prefix)
+
+
+def report_first(trainer: Any, callback: Any) -> None:
+    """Add a callback to a Hugging Face ``Trainer`` before its reporters, so that they see what it logs."""
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+
+
+class _LightningMetrics:
+    """The callback's methods, apart from its base class, which is known once Lightning is imported."""
+
+    def __init__(self, optimizer: Any, every_n_steps: int | None, prefix: str) -> None:
+        self._optimizer = optimizer
+        self._every = every_n_steps
+        self._prefix = prefix
+        self._logged = -1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+        """Log after every so many steps of the optimizer."""
+        step = int(trainer.global_step)
+        # With accumulation several batches end at one step.
+        if step == self._logged or step == 0 or step % (self._every or trainer.log_every_n_steps or 1):
+            return
+        self._logged = step
+        chosen = trainer.optimizers if self._optimizer is None else [self._optimizer]
+        values: dict[str, float] = {}
+        for number, optimizer in enumerate(chosen):
+            try:
+                source = metrics_source(optimizer)
+            except ValueError:
+                if len(chosen) == 1:
+                    raise
+                continue
+            values.update(scalars(source.metrics(), self._prefix + (f"{number}/" if len(chosen) > 1 else "")))
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+
+
+def lightning_callback(optimizer: Any = None, every_n_steps: int | None = None, prefix: str = PREFIX) -> Any:
+    """A Lightning ``Callback`` that sends the metrics to the loggers, and to ``trainer.callback_metrics``.
+
+    Serves ``lightning`` as well as ``pytorch_lightning``: the one that the program has imported.
+
+    Args:
+        optimizer: see :func:`metrics_source`; default all of the Trainer's that have a preconditioner, with
+            their number before the name if there are several.
+        every_n_steps: steps between two logs; default the Trainer's ``log_every_n_steps``.
+        prefix: before every name.
+    """
+    both = ("lightning.pytorch", "pytorch_lightning")
+    name = next((name for name in both if name in sys.modules), both[0])
+    base = importlib.import_module(name).Callback
+    return type("PreconditionerMetrics", (_LightningMetrics, base), {})(optimizer, every_n_steps, prefix)
+
+
+def run_closure_first(optimizer: Optimizer) -> RemovableHandle:
+    """Let ``step(closure)`` of an optimizer run its closure before every other hook, and the step without it.
+
+    An attached preconditioner works on the gradients just before the step, where a closure has not computed
+    them yet; therefore it refuses closures. Lightning passes one to every optimizer, in automatic
+    optimization and in manual one: backward and gradient clipping happen in it. After this call they have
+    happened when the preconditioner's turn comes.
+
+    For optimizers that evaluate their closure once, as all of torch's do but ``LBFGS``. ``step`` then returns
+    None in place of the loss. Call it before ``attach``, since hooks run in the order of their registration.
+
+    Args:
+        optimizer: without a preconditioner as yet.
+
+    Returns:
+        A handle whose ``remove()`` undoes it.
+
+    Raises:
+        ValueError: a preconditioner is attached already, or the optimizer needs its closure.
+    """
+    if getattr(optimizer, "_attached_preconditioner", None) is not None:
+        raise ValueError("call run_closure_first(optimizer) before attach(optimizer), not after it")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates its closure many times in a step; nothing can be run first for it")
+    return optimizer.register_step_pre_hook(_run_closure)
+
+
+def _run_closure(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # torch passes the optimizer itself as the first of args.
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is not None:
+        with torch.enable_grad():
+            closure()
+    return args[:1], {name: value for name, value in kwargs.items() if name != "closure"}
