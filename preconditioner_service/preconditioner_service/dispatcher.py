@@ -15,7 +15,7 @@ from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Session
 from preconditioner_service.costs import CostModel
-from preconditioner_service.logs import event
+from preconditioner_service.logs import limited
 from preconditioner_service.pool import BatchLostError, Worker
 from preconditioner_service.scheduler import Batch, BatchLimits, Scheduler
 from preconditioner_service.tasks import RootOutcome, RootTask
@@ -135,9 +135,10 @@ class Dispatcher:
             session.requeue(snapshot.block)
 
     def _fail(self, session: Session, snapshot: PackedBlock, reason: pb.NackReason, detail: str) -> None:
-        event(
+        limited(
             logging.WARNING,
             "nack",
+            (session.id, reason),
             job=session.job.name,
             rank=session.rank,
             epoch=session.epoch,

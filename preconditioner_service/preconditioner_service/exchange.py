@@ -20,7 +20,7 @@ from preconditioner_protos import Assembler, PackedBlock, Refusal, chunk_message
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Session
 from preconditioner_service.dispatcher import Dispatcher
-from preconditioner_service.logs import event
+from preconditioner_service.logs import limited
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -201,9 +201,10 @@ class ExchangeStream:
         session.job.counters.nacks += 1
         # A trainer that has come back offers what was accepted before: that is no event for an operator.
         level = logging.DEBUG if reason == pb.NACK_REASON_OUTDATED else logging.WARNING
-        event(
+        limited(
             level,
             "nack",
+            (session.id, reason),
             job=session.job.name,
             rank=session.rank,
             epoch=session.epoch,

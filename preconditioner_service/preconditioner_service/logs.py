@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 LOGGER = logging.getLogger("preconditioner_service")
@@ -14,6 +17,48 @@ LOGGER = logging.getLogger("preconditioner_service")
 def event(level: int, name: str, **fields: Any) -> None:
     """Log one event: its name and ``key=value`` pairs. Never hand secrets to it."""
     LOGGER.log(level, name, extra={"fields": fields})
+
+
+class Limiter:
+    """Lets one event of a kind pass every few seconds, so that nobody can fill the log.
+
+    Args:
+        period: seconds.
+        kinds: how many are remembered; the oldest are forgotten.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, period: float = 10.0, kinds: int = 1024, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._period = period
+        self._kinds = kinds
+        self._clock = clock
+        self._last: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
+
+    def passes(self, kind: Hashable) -> int | None:
+        """How many of this kind were held back since the last that passed; ``None`` holds this one back."""
+        now = self._clock()
+        last, held = self._last.get(kind, (-math.inf, 0))
+        if now - last < self._period:
+            self._last[kind] = (last, held + 1)
+            return None
+        self._last[kind] = (now, 0)
+        self._last.move_to_end(kind)
+        while len(self._last) > self._kinds:
+            self._last.popitem(last=False)
+        return held
+
+
+_LIMITER = Limiter()
+
+
+def limited(level: int, name: str, kind: Hashable, **fields: Any) -> None:
+    """Log an event that a caller can bring about at will, at most one every ten seconds of its kind."""
+    if not LOGGER.isEnabledFor(level):
+        return
+    if (held := _LIMITER.passes((name, kind))) is not None:
+        event(level, name, **fields, **({"held_back": held} if held else {}))
 
 
 def set_up(level: str, log_format: str) -> None:

@@ -67,6 +67,7 @@ class PoolSettings:
     worker_memory_bytes: int | None = None
     worker_nice: int = 0
     object_store_bytes: int = 256 * 1024 * 1024
+    batch_patience: float = 60.0
     start_timeout: float = 60.0
 
 
@@ -175,7 +176,7 @@ class RayPool:
         return self._run(worker, run, tasks)
 
     async def _run(self, worker: Worker, run: _Run, tasks: Sequence[RootTask]) -> list[RootOutcome]:
-        allowed = deadline(sum(batch.seconds for batch in worker.batches))
+        allowed = deadline(sum(batch.seconds for batch in worker.batches), self._settings.batch_patience)
         try:
             future = await self._call(lambda: worker.actor.compute.remote(list(tasks)).future())
             outcomes: list[RootOutcome] = await asyncio.wait_for(asyncio.wrap_future(future), allowed)
@@ -196,9 +197,8 @@ class RayPool:
         """End the actors, and Ray if it is a private one."""
         for task in self._revivals:
             task.cancel()
-        if self._ray is not None:
-            with contextlib.suppress(Exception):  # it may have died before us; nothing is left to do then
-                await self._call(self._end_ray)
+        with contextlib.suppress(Exception):  # Ray may have died before us; nothing is left to do then
+            await self._call(self._end_ray)
         if self._directory is not None:
             await self._call(self._directory.remove)
         self._thread.shutdown(wait=False)
@@ -241,6 +241,8 @@ class RayPool:
         self.workers = [Worker(number, self._make_actor()) for number in range(settings.num_workers)]
 
     def _end_ray(self) -> None:
+        if self._ray is None:
+            return
         # Actors of a cluster end with their driver; said explicitly, they end at once.
         for worker in self.workers:
             self._ray.kill(worker.actor, no_restart=True)
@@ -330,6 +332,6 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def deadline(seconds: float) -> float:
+def deadline(seconds: float, patience: float) -> float:
     """Seconds after which a batch with this estimate is given up: wide, as hosts may be shared."""
-    return 60.0 + 20.0 * seconds
+    return patience + 20.0 * seconds

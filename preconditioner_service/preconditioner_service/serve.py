@@ -28,7 +28,7 @@ from preconditioner_service import logs, wire
 from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
 from preconditioner_service.dispatcher import Dispatcher
-from preconditioner_service.logs import event
+from preconditioner_service.logs import event, limited
 from preconditioner_service.parent import ParentWatch
 from preconditioner_service.pool import PoolError, PoolSettings, RayPool
 from preconditioner_service.quotas import Quotas
@@ -88,6 +88,7 @@ class _Run:
                 worker_memory_bytes=settings.worker_memory_bytes,
                 worker_nice=settings.worker_nice,
                 object_store_bytes=settings.object_store_bytes,
+                batch_patience=settings.batch_patience,
             ),
             self._dispatcher.kick,
         )
@@ -123,7 +124,7 @@ class _Run:
                 await self._serve(stopping)
         finally:
             stopping.cancel()
-            await asyncio.wait({starting})
+            starting.cancel()
             await self._dispatcher.stop()
             await self._pool.stop()
             event(logging.INFO, "stopped")
@@ -146,10 +147,11 @@ class _Run:
             await server.stop(_STOP_SECONDS)
 
     def _ready(self, address: str) -> None:
-        event(logging.INFO, "ready", address=address, workers=self._pool.alive)
-        announce(self._out, event="ready", address=address, pid=os.getpid())
+        entry = {"event": "ready", "address": address, "pid": os.getpid()}
         if (path := self._settings.ready_file) is not None:
-            _write_whole(path, json.dumps({"event": "ready", "address": address, "pid": os.getpid()}) + "\n")
+            _write_whole(path, json.dumps(entry) + "\n")
+        event(logging.INFO, "ready", address=address, workers=self._pool.alive)
+        announce(self._out, **entry)
 
     def _watch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -165,6 +167,8 @@ class _Run:
 
     def _signalled(self, number: signal.Signals) -> None:
         event(logging.INFO, "signal", signal=number.name)
+        if self._stop.is_set():
+            self._hurry()  # whoever sends a second one does not want to wait
         self._stop.set()
 
     def _hurry(self) -> None:
@@ -176,7 +180,7 @@ class _Run:
         settings = self._settings
 
         def refused(method: str) -> None:
-            event(logging.WARNING, "unauthenticated", method=method[:100])
+            limited(logging.WARNING, "unauthenticated", None, method=method[:100])
 
         server = grpc.aio.server(
             interceptors=[BearerToken(self._token, refused)],
@@ -254,8 +258,11 @@ def _credentials(settings: ServeSettings) -> grpc.ServerCredentials:
 def _write_whole(path: Path, text: str) -> None:
     """Readers see all of it or nothing."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ServeError(f"ready_file {path}: {error.strerror}") from None
 
 
 def _version() -> str:

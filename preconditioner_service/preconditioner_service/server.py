@@ -23,7 +23,7 @@ from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board, Session
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.exchange import Context, EndOfStream, ExchangeStream
-from preconditioner_service.logs import event
+from preconditioner_service.logs import event, limited
 from preconditioner_service.quotas import QuotaError, Quotas
 
 SERVICE = "preconditioner_protos.v1.PreconditionerService"
@@ -89,9 +89,10 @@ class Service:
         try:
             session = await self._open(request)
         except EndOfStream as refusal:
-            event(
+            limited(
                 logging.WARNING,
                 "session refused",
+                (request.job[:200], refusal.code),
                 job=request.job[:200],
                 rank=request.rank,
                 epoch=request.epoch,

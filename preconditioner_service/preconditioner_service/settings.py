@@ -25,9 +25,18 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
 def physical_memory() -> int:
-    """Bytes of RAM of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of RAM of this machine, or of this container where that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            memory = min(memory, int(path.read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return memory
 
 
 class ServeSettings(BaseSettings):
@@ -82,6 +91,13 @@ class ServeSettings(BaseSettings):
     worker_nice: int = Field(0, ge=0, le=19, description="niceness of the actors beside a training process")
     object_store_bytes: int = Field(
         256 * MIB, ge=80 * MIB, description="shared memory of the private Ray, for batches under way"
+    )
+
+    batch_patience: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds beyond 20 times its estimate after which a batch is lost, its actor restarted",
     )
 
     # Limits.

@@ -92,6 +92,7 @@ def _shared_service(tmp_path_factory):
         "--max-job-bytes=200000000",
         "--max-total-bytes=400000000",
         "--log-level=debug",
+        "--batch-patience=8",
     )
     assert service.line["event"] == "ready", service.line
     yield service

@@ -17,6 +17,8 @@ from conftest import TOKEN, gone
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from raw_trainer import manifest, open_request, statistics, wait_for
 
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+
 
 def test_ready_line(service):
     assert service.line == {"event": "ready", "address": service.address, "pid": service.process.pid}
@@ -156,6 +158,24 @@ def test_a_worker_killed_at_work_costs_time_only(service, trainer, job, all_work
     assert not stream.nacks
     assert '"worker lost"' in service.log() or "worker lost" in service.log()
     wait_for(lambda: trainer.status().workers == 2)
+
+
+def test_a_frozen_worker_is_replaced(service, trainer, job, all_workers):
+    trainer.open(open_request(job, manifest(*[(64,)] * 200)))
+    stream = trainer.attach()
+    frozen = service.workers()[0]
+    frozen.suspend()
+    try:
+        for step in range(1, 4):
+            for block in range(200):
+                stream.snapshot(block, step, statistics(64))
+        stream.until(lambda: {(block, 3) for block in range(200)} <= set(stream.versions()))
+        wait_for(lambda: gone([frozen]), timeout=30)
+    finally:
+        if frozen.is_running():
+            frozen.resume()
+    wait_for(lambda: trainer.status().workers == 2)
+    assert not [nack for nack in stream.nacks if nack.reason != pb.NACK_REASON_OUTDATED]
 
 
 def test_secrets_never_reach_logs(service, trainer, job):
