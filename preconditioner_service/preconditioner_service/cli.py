@@ -58,11 +58,24 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from pydantic_settings import CliApp
+    if (missing := _missing()) is not None:
+        sys.stderr.write(f"preconditioner-service bench: {missing}\n")
+        return 1
+    from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
     from preconditioner_service.bench import Bench
 
-    CliApp.run(Bench, cli_args=arguments)
+    class Command(Bench, BaseSettings):
+        __doc__ = Bench.__doc__
+        model_config = SettingsConfigDict(
+            cli_prog_name="preconditioner-service bench",
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+        )
+
+    CliApp.run(Command, cli_args=arguments)
     return 0
 
 

@@ -72,6 +72,16 @@ def test_options_have_their_help():
         assert option in shown.stdout
 
 
+def test_bench_hands_over_to_the_benchmarks(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "--help"])
+    assert caught.value.code == 0
+    assert "usage: preconditioner-service bench" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "nothing"])
+    assert caught.value.code == 2
+
+
 def test_the_server_imports_nothing_that_computes():
     code = (
         "import sys, preconditioner_service.serve; "
