@@ -9,6 +9,7 @@ this process is killed with SIGKILL.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ _POLL_SECONDS = 0.1
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 30.0
 _STEADY_SECONDS = 60.0
+_DIRECTORY_PREFIX = "preconditioner-embedded-"
+_LOCK = "lock"
 _ENV_PREFIX = "PRECONDITIONER_SERVICE_"
 # What of a service's settings in our environment may tune an embedded one. The others (port, token, TLS) are
 # meant for a service in its own right and would make this one unreachable.
@@ -76,7 +79,11 @@ class EmbeddedService:
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
         self._stopping = False
-        self._directory = tempfile.mkdtemp(prefix="preconditioner-embedded-")
+        _sweep()
+        self._directory = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX)
+        # Held for as long as this process lives, so that others know that the directory is in use.
+        self._lock = os.open(Path(self._directory) / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._thread = threading.Thread(target=self._keep, name="preconditioner-embedded", daemon=True)
         _live.append(self)
         self._thread.start()
@@ -121,10 +128,10 @@ class EmbeddedService:
                 if self._process is not None:
                     _signal(self._process, signal.SIGKILL)
             self._thread.join(_KILL_SECONDS)
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and self in _live:
+            _live.remove(self)
             shutil.rmtree(self._directory, ignore_errors=True)
-            if self in _live:
-                _live.remove(self)
+            os.close(self._lock)
 
     def abandon(self) -> None:
         """Give up our end of the lifeline. In a forked child too: then it hangs on the parent alone."""
@@ -271,6 +278,22 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _sweep() -> None:
+    """Remove the directories of processes that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY_PREFIX}*"):
+        try:
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # another user's, or just being made or removed
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass  # in use
+        finally:
+            os.close(lock)
 
 
 def _command(workers: int | None) -> list[str]:

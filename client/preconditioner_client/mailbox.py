@@ -23,6 +23,7 @@ _COUNTERS = (
     "nacks",
     "connections",
 )
+_RECEIPT_SECONDS = 0.01
 _ITEM_BYTES = 4  # float32 both ways
 
 
@@ -51,12 +52,13 @@ class Order:
 class Lane:
     """Names one stream: what carries an older lane than the mailbox's is out of date and is ignored."""
 
-    __slots__ = ("attached", "draining", "receipts")
+    __slots__ = ("attached", "draining", "receipt_bytes", "receipts")
 
     def __init__(self) -> None:
         self.attached = False
         self.draining = False
         self.receipts: list[Key] = []
+        self.receipt_bytes = 0
 
 
 class Mailbox:
@@ -64,14 +66,16 @@ class Mailbox:
 
     Args:
         outbox_bytes: bound of the snapshots that wait, see :class:`Outbox`.
+        credit_bytes: preconditioners that the service may have without receipt.
     """
 
-    def __init__(self, outbox_bytes: int | None = None) -> None:
+    def __init__(self, outbox_bytes: int | None = None, credit_bytes: int = 64 * 1024 * 1024) -> None:
         # Reentrant, since a garbage collection inside may run a finalizer that comes back to it.
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._activity = threading.Condition(self._lock)
         self._outbox_bytes = outbox_bytes
+        self._credit_bytes = credit_bytes
         self._order: Order | None = None
         self._lane: Lane | None = None
         self._outbox = Outbox(())
@@ -237,15 +241,10 @@ class Mailbox:
     def await_work(self, lane: Lane) -> bool:
         """Block until there is something to send; False when the stream is to be half-closed."""
         with self._lock:
-            self._work.wait_for(
-                lambda: (
-                    self._lane is not lane
-                    or (
-                        lane.attached
-                        and (bool(lane.receipts) or (self._may_send(lane) and self._outbox.sendable()))
-                    )
-                )
-            )
+            self._work.wait_for(lambda: self._is_urgent(lane) or (lane.attached and bool(lane.receipts)))
+            if not self._is_urgent(lane):
+                # Receipts alone can wait a moment for others: a message costs as much as a hundred of them.
+                self._work.wait_for(lambda: self._is_urgent(lane), _RECEIPT_SECONDS)
             return self._lane is lane
 
     def take_snapshot(self, lane: Lane) -> Snapshot | None:
@@ -262,7 +261,7 @@ class Mailbox:
     def take_receipts(self, lane: Lane) -> list[Key]:
         """Receipts to send."""
         with self._lock:
-            receipts, lane.receipts = lane.receipts, []
+            receipts, lane.receipts, lane.receipt_bytes = lane.receipts, [], 0
             return receipts
 
     # -- the reading thread --------------------------------------------------------------------------
@@ -325,12 +324,24 @@ class Mailbox:
 
     # ------------------------------------------------------------------------------------------------
 
+    def _is_urgent(self, lane: Lane) -> bool:
+        """Whether the sending thread has something better to do than to wait for more receipts."""
+        if self._lane is not lane:
+            return True
+        if not lane.attached:
+            return False
+        sendable = self._may_send(lane) and self._outbox.sendable()
+        return sendable or 4 * lane.receipt_bytes >= self._credit_bytes
+
     def _may_send(self, lane: Lane) -> bool:
         return not lane.draining and not self._reoffer_due
 
     def _acknowledge(self, lane: Lane, block: int, step: int) -> None:
         lane.receipts.append((block, step))
-        self._work.notify_all()
+        if self._order is not None:
+            lane.receipt_bytes += self._order.block_bytes[block]
+        if len(lane.receipts) == 1 or 4 * lane.receipt_bytes >= self._credit_bytes:
+            self._work.notify_all()
 
     def _settle(self) -> None:
         """Carry what outbox and inbox counted over to the totals, before they are replaced."""

@@ -48,7 +48,7 @@ class ServiceExchange:
             check_installed()
         else:
             reachable = preflight(config)
-        self._mailbox = Mailbox(config.outbox_bytes)
+        self._mailbox = Mailbox(config.outbox_bytes, config.credit_bytes)
         self._background: _Background | None = None
         self._warned = not reachable
         self._closed = False

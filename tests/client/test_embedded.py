@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -166,6 +167,18 @@ def test_closing_in_mid_start(start):
     process = psutil.Process(service.pid)
     service.close()
     assert not process.is_running()
+
+
+def test_what_a_killed_trainer_left_on_disk_is_swept(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "preconditioner-embedded-left"
+    left.mkdir()
+    (left / "lock").touch()
+    one, two = start(READY), start(READY)
+    assert not left.exists()
+    assert located(one) != located(two)
+    assert one.log_path.exists()
+    assert two.log_path.exists()
 
 
 def test_much_output_is_bounded_on_disk(start):

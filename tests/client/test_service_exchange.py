@@ -172,6 +172,25 @@ def test_one_block_larger_than_the_credit_is_sent_all_the_same(front, connect):
     collect(exchange, 2)
 
 
+def test_receipts_share_messages(front, connect):
+    exchange = connect(front.address)
+    opened(exchange, session(*[(2,)] * 300))
+    for block in range(300):
+        front.stream.push(PackedBlock(block, 1, (np.ones(3, "<f4"),)))
+    until(lambda: len(front.stream.receipts) == 300)
+    assert sorted(front.stream.receipts) == [(block, 1) for block in range(300)]
+    assert front.stream.receipt_messages < 100
+
+
+def test_receipts_do_not_wait_when_the_service_needs_its_credit(front, connect):
+    exchange = connect(front.address, credit_bytes=40)
+    opened(exchange, session((3,), (3,)))
+    for step in range(1, 51):  # as a service with credit for one block would: the next after the receipt
+        front.stream.push(PackedBlock(step % 2, step, (np.ones(6, "<f4"),)))
+        until(lambda step=step: len(front.stream.receipts) == step)
+    assert exchange.counters()["received"] == 50
+
+
 # -- what the service may refuse or spoil --------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ class FrontStream:
         self.half_closed = threading.Event()
         self.over = threading.Event()
         self.largest_message = 0
+        self.receipt_messages = 0
         self._front = front
         self._assembler = Assembler(Layout.of_statistics(self.manifest))
         self._out: queue.Queue[pb.ServiceMessage | tuple[grpc.StatusCode, str]] = queue.Queue()
@@ -97,6 +98,7 @@ class FrontStream:
                         else:
                             self.snapshots.append(outcome)
                             self._front.on_snapshot(self, outcome)
+                self.receipt_messages += message.HasField("receipts")
                 self.receipts += [(r.block, r.step) for r in message.receipts.receipts]
             self.half_closed.set()
         self.end(grpc.StatusCode.OK)
