@@ -79,9 +79,10 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """No preconditioner will come from (block, step): a NACK.
+    """No preconditioner will come from (block, step).
 
-    ``reason`` is the name of the protocol's ``NackReason`` without its prefix, as in ``ROOT_FAILED``.
+    ``reason`` is the name of the protocol's ``NackReason`` without its prefix, as in ``ROOT_FAILED``, of a NACK
+    or of what was wrong with the preconditioner that came; or ``OUTBOX_FULL``: the snapshot was never sent.
     """
 
     block: int
