@@ -229,9 +229,12 @@ class RayPool:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
-            where = "a private Ray" if settings.ray_address is None else f"Ray at {settings.ray_address}"
-            verb = "started" if settings.ray_address is None else "joined"
-            raise PoolError(f"{where} could not be {verb}: {error}") from error
+            if settings.ray_address is None:
+                raise PoolError(f"a private Ray could not be started: {error}") from error
+            raise PoolError(
+                f"Ray at {settings.ray_address} could not be joined: {error} (a cluster with token "
+                "authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here too)"
+            ) from error
         self._ray = ray
         resources: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
         if settings.worker_memory_bytes is not None:
