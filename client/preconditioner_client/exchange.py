@@ -81,8 +81,9 @@ class Arrival:
 class Rejection:
     """No preconditioner will come from (block, step).
 
-    ``reason`` is the name of the protocol's ``NackReason`` without its prefix, as in ``ROOT_FAILED``, of a NACK
-    or of what was wrong with the preconditioner that came; or ``OUTBOX_FULL``: the snapshot was never sent.
+    ``reason`` is the name of the protocol's ``NackReason`` without its prefix, as in ``ROOT_FAILED``, of a
+    NACK or of what was wrong with the preconditioner that came; or ``OUTBOX_FULL``: the snapshot was never
+    sent.
     """
 
     block: int
