@@ -9,6 +9,7 @@ of the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -125,13 +126,15 @@ class BlockStack:
         ema = self.config.accumulation is Accumulation.EMA
         beta, alpha = (self.config.beta, 1 - self.config.beta) if ema else (1.0, 1.0)
         index = None if whole else torch.tensor(rows, device=self.device)
-        for statistics, dim in zip(self.statistics, self.preconditioned, strict=True):
-            unfolded = _unfold(gradients, dim)  # (b, n, r)
-            if index is None:
-                statistics.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
-            else:
-                part = statistics.index_select(0, index)
-                statistics.index_copy_(0, index, part.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha))
+        with _without_autocast(self.device):
+            for statistics, dim in zip(self.statistics, self.preconditioned, strict=True):
+                unfolded = _unfold(gradients, dim)  # (b, n, r)
+                if index is None:
+                    statistics.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
+                else:
+                    part = statistics.index_select(0, index)
+                    part.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
+                    statistics.index_copy_(0, index, part)
         for row in rows:
             self.updates[row] += 1
 
@@ -147,15 +150,16 @@ class BlockStack:
         """
         index = None if len(rows) == len(self.members) else torch.tensor(rows, device=self.device)
         result = blocks
-        for preconditioners, dim in zip(self.preconditioners, self.preconditioned, strict=True):
-            factor = preconditioners if index is None else preconditioners.index_select(0, index)
-            if dim == 0:
-                # (b, n, n) @ (b, n, r), without moving the dimension.
-                result = torch.bmm(factor, result.flatten(2)).view(result.shape)
-                continue
-            moved = result.movedim(dim + 1, -1)
-            product = torch.bmm(moved.flatten(1, -2), factor).view(moved.shape)
-            result = product.movedim(-1, dim + 1)
+        with _without_autocast(self.device):
+            for preconditioners, dim in zip(self.preconditioners, self.preconditioned, strict=True):
+                factor = preconditioners if index is None else preconditioners.index_select(0, index)
+                if dim == 0:
+                    # (b, n, n) @ (b, n, r), without moving the dimension.
+                    result = torch.bmm(factor, result.flatten(2)).view(result.shape)
+                    continue
+                moved = result.movedim(dim + 1, -1)
+                product = torch.bmm(moved.flatten(1, -2), factor).view(moved.shape)
+                result = product.movedim(-1, dim + 1)
         return result
 
     def snapshot(self, rows: Sequence[int]) -> Taken:
@@ -195,6 +199,13 @@ class BlockStack:
             # A copy, since the cached NumPy array is read-only, which torch does not know.
             self._upper[n] = torch.tensor(upper_indices(n), device=self.device)
         return self._upper[n]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: a step inside of it would round the operands of every product to half precision."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _unfold(blocks: torch.Tensor, dim: int) -> torch.Tensor:
