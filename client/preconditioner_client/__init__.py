@@ -14,6 +14,7 @@ from preconditioner_client.config import (
     StalePolicy,
     StatisticsConfig,
 )
+from preconditioner_client.distribution import DistributedConfig
 from preconditioner_client.exchange import (
     Arrival,
     BlockSpec,
@@ -34,6 +35,7 @@ __all__ = [
     "Attachment",
     "BlockSpec",
     "BlockingConfig",
+    "DistributedConfig",
     "Exchange",
     "ExchangeError",
     "Grafting",

@@ -24,6 +24,7 @@ from preconditioner_client.config import (
     StalenessConfig,
     StatisticsConfig,
 )
+from preconditioner_client.distribution import AUTO, DistributedConfig, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
@@ -46,6 +47,7 @@ def attach(
     staleness: StalenessConfig | None = None,
     service: str | ServiceConfig | Exchange | None = None,
     job: str | None = None,
+    distributed: str | DistributedConfig = AUTO,
 ) -> Attachment:
     """Put the asynchronous preconditioner before an existing optimizer.
 
@@ -59,6 +61,7 @@ def attach(
         staleness: refresh interval, bound, adoption and policy.
         service: as for ``Shampoo``.
         job: name of this training job at the service.
+        distributed: as for ``Shampoo``.
 
     Returns:
         The handle: ``metrics()``, ``detach()``, ``state_dict()``.
@@ -81,7 +84,7 @@ def attach(
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             check_parameter(parameter, names.get(parameter, f"parameter {index}"))
-    engine = Engine(staleness or StalenessConfig(), service, job)
+    engine = Engine(staleness or StalenessConfig(), service, job, distributed)
     return Attachment(optimizer, engine, settings, grafting, names)
 
 
@@ -206,14 +209,19 @@ class Attachment:
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return
-        check_finite(gradients, [plan.names for plan in plans])
+        check_finite(gradients, [plan.names for plan in plans], self._engine.ranks.maximum_over_shards)
         usable = self._engine.advance(gradients)
-        for group, plan, of_group in zip(optimizer.param_groups, plans, gradients, strict=True):
-            updates = self._diagonal(group, of_group)
-            self._engine.precondition(plan, of_group, updates, self._grafting, usable)
-            for parameter, update in zip(group["params"], updates, strict=True):
-                if update is not None and update is not parameter.grad:
-                    parameter.grad.copy_(update)
+        updates = [
+            self._diagonal(group, of_group)
+            for group, of_group in zip(optimizer.param_groups, gradients, strict=True)
+        ]
+        for plan, of_group, directions_of in zip(plans, gradients, updates, strict=True):
+            self._engine.precondition(plan, of_group, directions_of, self._grafting, usable)
+        self._engine.share(updates)
+        for group, directions_of in zip(optimizer.param_groups, updates, strict=True):
+            for parameter, update in zip(group["params"], directions_of, strict=True):
+                if update is not None and update is not (held := local(parameter.grad)):
+                    held.copy_(update)
 
     def _diagonal(
         self, group: dict[str, Any], gradients: list[torch.Tensor | None]
@@ -237,9 +245,10 @@ class Attachment:
         moments = [s["second_moment"] for s in states] if needs_second_moment(self._grafting) else []
         if moments:
             update_second_moments(self._grafting, moments, grads)
-        weights = [p.detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
+        weights = [local(p).detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
         steps = [s["step"] for s in states]
-        found = directions(self._grafting, grads, moments, steps, weights, 0.0)
+        norms = self._engine.ranks.norms
+        found = directions(self._grafting, grads, moments, steps, weights, 0.0, norms)
         result: list[torch.Tensor | None] = [None] * len(gradients)
         for position, direction in zip(present, found, strict=True):
             result[position] = direction.contiguous()

@@ -31,9 +31,15 @@ class BlockSlice:
         """Index of the block in the merged tensor."""
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.shape, strict=True))
 
-    def label(self) -> str:
-        """The slice as people write it: ``[0:512,0:512]``."""
-        return "[" + ",".join(f"{s}:{s + n}" for s, n in zip(self.start, self.shape, strict=True)) + "]"
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def key(self, origin: int = 0) -> str:
+        """The slice as text: ``0:512,0:512``; ``origin`` is added along the first dimension."""
+        starts = (self.start[0] + origin, *self.start[1:])
+        return ",".join(f"{s}:{s + n}" for s, n in zip(starts, self.shape, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +50,14 @@ class Partition:
         merged: shape of the parameter after merging; a view of it.
         preconditioned: the merged dimensions that have a preconditioner.
         blocks: row-major over the merged tensor; empty if nothing is preconditioned.
+        origin: where the merged tensor's first dimension begins in the whole parameter's; 0 unless these are
+            only some of its rows.
     """
 
     merged: tuple[int, ...]
     preconditioned: tuple[int, ...]
     blocks: tuple[BlockSlice, ...]
+    origin: int = 0
 
 
 def merge_dims(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
@@ -70,27 +79,40 @@ def merge_dims(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     return tuple(merged)
 
 
-def partition(shape: tuple[int, ...], config: BlockingConfig) -> Partition:
-    """Cut a parameter of the given shape.
+def partition(
+    shape: tuple[int, ...], config: BlockingConfig, rows: tuple[int, int] | None = None
+) -> Partition:
+    """Cut a parameter of the given shape, or some of its rows.
 
     Parameters with fewer than two dimensions longer than 1, and empty ones, have no blocks: they are the
     diagonal method's.
+
+    Args:
+        shape: of the whole parameter. It alone decides what is merged and which dimensions are
+            preconditioned, so that a block means the same whatever shard it lies in.
+        config: how to cut.
+        rows: first and one past the last index along dimension 0; ``merged`` and ``blocks`` are those of
+            these rows, and cutting begins at the first of them. None: all.
     """
-    merged = (
+    whole = (
         merge_dims(shape, config.block_size)
         if config.merge_dims
         else (tuple(n for n in shape if n != 1) or (1,))
     )
     limit = math.inf if config.max_side is None else config.max_side
-    preconditioned = tuple(i for i, n in enumerate(merged) if n <= limit)
-    if len(merged) < 2 or not preconditioned or 0 in shape:
-        return Partition(merged, (), ())
-    cuts = [_cut(n, config.block_size if n <= limit else n) for n in merged]
+    preconditioned = tuple(i for i, n in enumerate(whole) if n <= limit)
+    merged, origin = whole, 0
+    if rows is not None and shape and shape[0] > 0:
+        per_row = whole[0] // shape[0]
+        merged, origin = ((rows[1] - rows[0]) * per_row, *whole[1:]), rows[0] * per_row
+    if len(merged) < 2 or not preconditioned or 0 in shape or merged[0] == 0:
+        return Partition(merged, (), (), origin)
+    cuts = [_cut(n, config.block_size if m <= limit else n) for n, m in zip(merged, whole, strict=True)]
     blocks = tuple(
         BlockSlice(tuple(start for start, _ in piece), tuple(length for _, length in piece))
         for piece in itertools.product(*cuts)
     )
-    return Partition(merged, preconditioned, blocks)
+    return Partition(merged, preconditioned, blocks, origin)
 
 
 def _cut(length: int, size: int) -> list[tuple[int, int]]:

@@ -14,31 +14,46 @@ key                             value
 ``block.B.first_adopted``       int, step since which there is a version, -1 without
 ``block.B.last_snapshot``       int, step of the newest snapshot
 ``block.B.statistics.I``        (n, n) of the I-th preconditioned side
-``block.B.preconditioner.I``    (n, n), if there is a version
-``block.B.in_flight.S.I``       packed snapshot of step S that a schedule still waits for
+``block.B.preconditioner.I``    (n, n), 0 without a version
+``block.B.in_flight.steps``     with a schedule only: (m,) int64, steps of the snapshots that it still waits
+                                for, -1 in unused places
+``block.B.in_flight.I``         with a schedule only: (m, n (n + 1) / 2), these snapshots, packed
 ==============================  ================================================================
 
+B is the block's slice of the whole parameter (after merging of dimensions), as in ``0:512,512:1024``, so it
+means the same whatever rank holds the block. Which keys there are, and their shapes, follow from shapes and
+settings alone, as ``torch.distributed.checkpoint`` needs it.
+
 Per group: the scalar settings, and ``preconditioner_format``, ``preconditioner_step``,
-``preconditioner_epoch``. The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) are the
-program's and are not saved.
+``preconditioner_epoch`` and ``preconditioner_shards`` (over how many ranks a parameter's rows were divided).
+The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) are the program's and are not
+saved.
+
+Every rank has the keys of the blocks that it owns; elementwise tensors are placed as their parameters are.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from preconditioner_client.config import Adoption
+from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Snapshot
-from preconditioner_client.plan import GroupPlan, StackPlan
-from preconditioner_client.refresh import NEVER, Refresher
+from preconditioner_client.plan import GroupPlan, PlannedRow
+from preconditioner_client.refresh import NEVER
 
 if TYPE_CHECKING:
     from preconditioner_client.shampoo import Shampoo
+
+logger = logging.getLogger("preconditioner_client")
 
 FORMAT = 1
 """Version of the keys above; a checkpoint of another format is refused."""
@@ -46,76 +61,100 @@ FORMAT = 1
 FORMAT_KEY = "preconditioner_format"
 STEP_KEY = "preconditioner_step"
 EPOCH_KEY = "preconditioner_epoch"
+SHARDS_KEY = "preconditioner_shards"
 
 _ELEMENTWISE = ("exp_avg", "second_moment", "momentum_buffer")
 _SETTINGS = ("grafting", "statistics", "blocking", "root")
-_IN_FLIGHT = re.compile(r"block\.(\d+)\.in_flight\.(\d+)\.(\d+)")
+_BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
 def write(optimizer: Shampoo, engine: Engine) -> None:
-    """Put everything that lives outside of ``optimizer.state`` into it, for the base class to collect."""
+    """Put everything that lives outside of ``optimizer.state`` into it, for the base class to collect.
+
+    Statistics and preconditioners stand there as views, so that this costs no memory.
+    """
     for group, plan in zip(optimizer.param_groups, engine.plans, strict=True):
         group[FORMAT_KEY], group[STEP_KEY], group[EPOCH_KEY] = FORMAT, engine.step, engine.epoch
+        group[SHARDS_KEY] = plan.shards
         for index, parameter in enumerate(group["params"]):
             if plan.rows[index]:
-                state = optimizer.state[parameter]
-                for key in [key for key in state if key.startswith("block.")]:
-                    del state[key]
-                state.update(block_states(engine, plan, index))
+                optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
 
 
 def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
-    """The ``block.*`` keys of one parameter."""
+    """The ``block.*`` keys of one parameter, of the blocks of this rank; later steps do not change them."""
+    return _block_states(engine, plan, index, torch.clone)
+
+
+def _block_states(
+    engine: Engine, plan: GroupPlan, index: int, taken: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
     states: dict[str, Any] = {}
-    for number, (entry, row) in enumerate(plan.rows[index]):
-        block = entry.first + row
-        under_way = [s for (b, _), s in sorted(engine.refresher.scheduled.items()) if b == block]
-        states.update(_block_state(f"block.{number}", entry, row, engine.refresher, under_way))
+    for held in plan.rows[index]:
+        refresher, stack = engine.refresher, held.entry.stack
+        version = int(refresher.versions[held.block])
+        prefix = f"block.{held.key}"
+        states |= {
+            f"{prefix}.updates": stack.updates[held.row],
+            f"{prefix}.version": version,
+            f"{prefix}.first_adopted": int(refresher.first_adopted[held.block]),
+            f"{prefix}.last_snapshot": refresher.last_snapshot(held.block),
+        }
+        for side, statistics in enumerate(stack.statistics):
+            states[f"{prefix}.statistics.{side}"] = taken(statistics[held.row])
+            states[f"{prefix}.preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
+        if refresher.config.adoption is Adoption.SCHEDULED:
+            states.update({f"{prefix}.in_flight.{key}": value for key, value in _in_flight(engine, held)})
     return states
 
 
-def _block_state(
-    prefix: str, entry: StackPlan, row: int, refresher: Refresher, snapshots: list[Snapshot]
-) -> dict[str, Any]:
-    block = entry.first + row
-    version = int(refresher.versions[block])
-    state: dict[str, Any] = {
-        f"{prefix}.updates": entry.stack.updates[row],
-        f"{prefix}.version": version,
-        f"{prefix}.first_adopted": int(refresher.first_adopted[block]),
-        f"{prefix}.last_snapshot": refresher.last_snapshot(block),
-    }
-    for side, statistics in enumerate(entry.stack.statistics):
-        # Copies: a view would drag the whole stack into the file, and change with the next step.
-        state[f"{prefix}.statistics.{side}"] = statistics[row].clone()
-        if version != NEVER:
-            state[f"{prefix}.preconditioner.{side}"] = entry.stack.preconditioners[side][row].clone()
-    for snapshot in snapshots:
-        for side, packed in enumerate(snapshot.sides):
-            state[f"{prefix}.in_flight.{snapshot.step}.{side}"] = packed
-    return state
+def _in_flight(engine: Engine, held: PlannedRow) -> list[tuple[str, torch.Tensor]]:
+    """The newest snapshots of a block that a schedule waits for; those before them come too late anyway."""
+    places = engine.refresher.config.snapshots_in_flight
+    stack = held.entry.stack
+    under_way = [s for (block, _), s in sorted(engine.refresher.scheduled.items()) if block == held.block]
+    under_way = under_way[-places:]
+    steps = torch.full((places,), NEVER, dtype=torch.int64)
+    packed = [torch.zeros(places, n * (n + 1) // 2) for n in stack.sides]
+    for place, snapshot in enumerate(under_way):
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
+        steps[place] = snapshot.step
+        for kept, side in zip(packed, snapshot.sides, strict=True):
+            kept[place] = side
+    result = [("steps", steps), *((str(side), kept) for side, kept in enumerate(packed))]
+    # On the parameter's device, where torch.distributed.checkpoint wants all tensors of a state.
+    return [(key, tensor.to(stack.device)) for key, tensor in result]
 
 
-def strip_settings(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings objects, which only pickle could carry."""
+def exported(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict that later steps do not change where it holds blocks, and without what needs pickle."""
     groups = [{k: v for k, v in group.items() if k not in _SETTINGS} for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
+    states = {
+        index: {
+            key: value.clone() if key.startswith("block.") and torch.is_tensor(value) else value
+            for key, value in state.items()
+        }
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def with_settings(optimizer: Shampoo, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The settings objects of the running program put back."""
+    """The groups of a checkpoint with the settings objects of the running program, and no state."""
     groups = [
         {**saved, **{key: group[key] for key in _SETTINGS}}
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ]
-    return {**state_dict, "param_groups": groups}
+    return {**state_dict, "state": {}, "param_groups": groups}
 
 
 def check(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> None:
     """Hold a checkpoint against the running optimizer before anything is changed.
 
     Raises:
-        ValueError: another format, other groups, or tensors of another shape; names the parameter.
+        ValueError: another format, other groups, tensors of another shape, or not all blocks of this rank;
+            names the parameter.
     """
     groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in groups]
@@ -125,8 +164,11 @@ def check(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> Non
     for saved, group, plan in zip(groups, optimizer.param_groups, engine.plans, strict=True):
         check_format(saved)
         for index, (identity, parameter) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            state = state_dict["state"].get(identity, {})
             elementwise = dict.fromkeys(_ELEMENTWISE, tuple(parameter.shape))
-            check_state(state_dict["state"].get(identity, {}), elementwise, plan, index)
+            check_state(state, elementwise, plan, index, saved.get(SHARDS_KEY))
+            for key in _ELEMENTWISE:
+                _check_placement(plan.names[index], key, parameter, state.get(key))
 
 
 def check_format(saved: dict[str, Any]) -> None:
@@ -144,7 +186,11 @@ def check_format(saved: dict[str, Any]) -> None:
 
 
 def check_state(
-    state: dict[str, Any], elementwise: dict[str, tuple[int, ...]], plan: GroupPlan, index: int
+    state: dict[str, Any],
+    elementwise: dict[str, tuple[int, ...]],
+    plan: GroupPlan,
+    index: int,
+    shards: int | None = None,
 ) -> None:
     """Hold one parameter's state against the plan.
 
@@ -153,79 +199,130 @@ def check_state(
         elementwise: keys and shapes that may stand there beside the blocks'.
         plan: of the group.
         index: of the parameter in the group.
+        shards: that the checkpoint was written with; None: as many as now. With another number the blocks
+            are cut differently, and those that are not found again start afresh.
 
     Raises:
-        ValueError: an unknown key, or a tensor of another shape; names the parameter.
+        ValueError: an unknown key, a missing block, or a tensor of another shape; names the parameter.
     """
     name = plan.names[index]
+    recut = shards is not None and shards != plan.shards
     expected = dict(elementwise)
-    for number, (entry, _) in enumerate(plan.rows[index]):
-        for side, n in enumerate(entry.stack.sides):
-            expected[f"block.{number}.statistics.{side}"] = (n, n)
-            expected[f"block.{number}.preconditioner.{side}"] = (n, n)
+    for held in plan.rows[index]:
+        if f"block.{held.key}.updates" not in state and not recut:
+            raise ValueError(
+                f"{name}: the checkpoint lacks the block [{held.key}]. Either blocking or model changed "
+                f"since, or it is the state_dict() of one rank, which holds the blocks of that rank alone: "
+                f"call consolidate_state_dict() on all ranks before it, or use torch.distributed.checkpoint"
+            )
+        for side, n in enumerate(held.entry.stack.sides):
+            expected[f"block.{held.key}.statistics.{side}"] = (n, n)
+            expected[f"block.{held.key}.preconditioner.{side}"] = (n, n)
     for key, value in state.items():
-        plain = key == "step" or key.endswith((".updates", ".version", ".first_adopted", ".last_snapshot"))
-        if plain or _IN_FLIGHT.fullmatch(key):
-            continue
-        if key not in expected:
+        block = _BLOCK.fullmatch(key)
+        if key not in expected and block is None and key != "step":
+            raise ValueError(f"{name}: the checkpoint has the unknown key {key!r}")
+        if block is not None and block[1] not in plan.keys[index] and not recut:
             raise ValueError(
                 f"{name}: the checkpoint has the unknown key {key!r}; were blocking or model changed since?"
             )
-        if tuple(value.shape) != expected[key]:
+        if key in expected and tuple(value.shape) != expected[key]:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)} in the checkpoint, {expected[key]} is needed"
             )
 
 
+def _check_placement(name: str, key: str, parameter: torch.Tensor, saved: Any) -> None:
+    """A part of a tensor fits only where the same part is held."""
+    if is_dtensor(saved) and local(saved).shape != local(parameter).shape:
+        raise ValueError(
+            f"{name}: {key} in the checkpoint is one rank's part {tuple(local(saved).shape)} of it, "
+            f"{tuple(local(parameter).shape)} is needed: load it with torch.distributed.checkpoint, or save "
+            f"after consolidate_state_dict()"
+        )
+
+
 def read(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> None:
-    """Take the state out of a checkpoint that passed :func:`check`, after the base class loaded it."""
+    """Take the state out of a checkpoint that passed :func:`check`; the base class has the groups."""
     stored = []
+    optimizer.state.clear()
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         states = [state_dict["state"].get(identity, {}) for identity in saved["params"]]
         stored.append(states)
         for parameter, state in zip(group["params"], states, strict=True):
-            # The base class would cast to the parameter's dtype; state keeps its own.
-            own = {k: _copied(v, parameter.device) for k, v in state.items() if not k.startswith("block.")}
-            optimizer.state.pop(parameter, None)
+            own = {
+                key: _placed(value, parameter, engine.ranks)
+                for key, value in state.items()
+                if not key.startswith("block.")
+            }
             if own:
                 optimizer.state[parameter] = own
     first = state_dict["param_groups"][0]
-    restore_blocks(engine, stored, int(first[STEP_KEY]), int(first[EPOCH_KEY]))
+    shards = first.get(SHARDS_KEY)
+    restore_blocks(engine, stored, int(first[STEP_KEY]), int(first[EPOCH_KEY]), shards)
 
 
-def restore_blocks(engine: Engine, stored: list[list[dict[str, Any]]], step: int, epoch: int) -> None:
+def restore_blocks(
+    engine: Engine, stored: list[list[dict[str, Any]]], step: int, epoch: int, shards: int | None = None
+) -> None:
     """Put the ``block.*`` keys of every parameter back, and continue at their step in a new epoch.
+
+    Where the checkpoint was written with another number of shards, blocks whose slice it does not have start
+    afresh, and one warning counts them: it has statistics of other rows, and no arithmetic turns them into
+    statistics of these.
 
     Args:
         engine: with the plans that the states were checked against.
         stored: per group, per parameter its state.
         step: of the checkpoint.
         epoch: of the checkpoint.
+        shards: see :func:`check_state`.
     """
     refresher = engine.refresher
     versions, first, last = (np.full(refresher.versions.size, NEVER, dtype=np.int64) for _ in range(3))
     refresher.scheduled.clear()
+    afresh = 0
     for plan, states in zip(engine.plans, stored, strict=True):
         for rows, state in zip(plan.rows, states, strict=True):
-            for number, (entry, row) in enumerate(rows):
-                block = entry.first + row
-                prefix = f"block.{number}"
-                versions[block] = int(state.get(f"{prefix}.version", NEVER))
-                first[block] = int(state.get(f"{prefix}.first_adopted", NEVER))
-                last[block] = int(state.get(f"{prefix}.last_snapshot", refresher.last_snapshot(block)))
-                entry.stack.updates[row] = int(state.get(f"{prefix}.updates", 0))
+            for held in rows:
+                prefix = f"block.{held.key}"
+                stack = held.entry.stack
+                updates = int(state.get(f"{prefix}.updates", 0))
+                # torch.distributed.checkpoint leaves what it did not find as it was: without any updates.
+                recut = shards is not None and shards != plan.shards
+                known = f"{prefix}.updates" in state and (updates > 0 or not recut)
+                afresh += not known and int(state.get("step", 0)) > 0
+                own = state if known else {}
+                # Not all in the next step, but again spread over an interval.
+                begin = refresher.last_snapshot(held.block) % refresher.config.interval + step
+                versions[held.block] = int(own.get(f"{prefix}.version", NEVER))
+                first[held.block] = int(own.get(f"{prefix}.first_adopted", NEVER))
+                last[held.block] = int(own.get(f"{prefix}.last_snapshot", begin))
+                stack.updates[held.row] = updates
                 for side, (statistics, preconditioners) in enumerate(
-                    zip(entry.stack.statistics, entry.stack.preconditioners, strict=True)
+                    zip(stack.statistics, stack.preconditioners, strict=True)
                 ):
-                    _copy_or_zero(statistics[row], state.get(f"{prefix}.statistics.{side}"))
-                    _copy_or_zero(preconditioners[row], state.get(f"{prefix}.preconditioner.{side}"))
-            _read_in_flight(state, rows, refresher)
+                    _copy_or_zero(statistics[held.row], own.get(f"{prefix}.statistics.{side}"))
+                    _copy_or_zero(preconditioners[held.row], own.get(f"{prefix}.preconditioner.{side}"))
+                if refresher.config.adoption is Adoption.SCHEDULED:
+                    _read_in_flight(engine, held, own)
+    if afresh:
+        logger.warning(
+            "%d of %d blocks of this rank start with new statistics: the checkpoint was written with other "
+            "shards and does not have them",
+            afresh,
+            refresher.versions.size,
+        )
     refresher.restore(versions.tolist(), first.tolist(), last.tolist())
     engine.resume(step, epoch)
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.detach().clone().to(device) if torch.is_tensor(value) else copy.copy(value)
+def _placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
+    """A copy of an elementwise tensor, placed as its parameter is; it keeps its dtype."""
+    if not torch.is_tensor(value):
+        return copy.copy(value)
+    held = local(value) if is_dtensor(value) else held_part(parameter, value, ranks)
+    return like(parameter, held.detach().clone().to(parameter.device))
 
 
 def _copy_or_zero(target: torch.Tensor, source: torch.Tensor | None) -> None:
@@ -235,15 +332,15 @@ def _copy_or_zero(target: torch.Tensor, source: torch.Tensor | None) -> None:
         target.copy_(source)
 
 
-def _read_in_flight(stored: dict[str, Any], rows: list[tuple[StackPlan, int]], refresher: Refresher) -> None:
-    found: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-    for key, value in stored.items():
-        match = _IN_FLIGHT.fullmatch(key)
-        if match:
-            number, step, side = (int(part) for part in match.groups())
-            entry, row = rows[number]
-            found.setdefault((entry.first + row, step), {})[side] = value.detach().cpu().clone()
-    for (block, step), sides in found.items():
-        refresher.scheduled[(block, step)] = Snapshot(
-            block, step, tuple(sides[side] for side in sorted(sides))
-        )
+def _read_in_flight(engine: Engine, held: PlannedRow, stored: dict[str, Any]) -> None:
+    steps = stored.get(f"block.{held.key}.in_flight.steps")
+    if steps is None:
+        return
+    kept = [
+        stored[f"block.{held.key}.in_flight.{side}"].detach().cpu()
+        for side in range(len(held.entry.stack.sides))
+    ]
+    for place, step in enumerate(steps.tolist()):
+        if step != NEVER:
+            sides = tuple(side[place].clone() for side in kept)
+            engine.refresher.scheduled[held.block, step] = Snapshot(held.block, step, sides)

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from preconditioner_client.agreement import Described, agree
 from preconditioner_client.config import Grafting, GraftingConfig, StalenessConfig
 from preconditioner_client.connect import make_exchange
+from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
-from preconditioner_client.plan import GroupPlan, GroupSettings, StackPlan, plan_group
+from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
 from preconditioner_client.refresh import Mask, Refresher
 from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.sharing import SharedUpdates
 from preconditioner_client.transfer import UploadingExchange
 
 MaybeTensors = Sequence[torch.Tensor | None]
@@ -32,49 +35,80 @@ class Engine:
         staleness: refresh interval, bound, adoption and policy.
         service: see :func:`preconditioner_client.connect.make_exchange`.
         job: name at the service.
+        distributed: see :meth:`preconditioner_client.distribution.Ranks.of`.
 
     Attributes:
         plans: of the groups, in order.
-        refresher: freshness of every block.
+        ranks: how the parameters lie over ranks, once there is a group.
+        refresher: freshness of every block of this rank.
         step: number of the latest step, 0 before the first.
         epoch: of the current session.
     """
 
     def __init__(
-        self, staleness: StalenessConfig, service: str | ServiceConfig | Exchange | None, job: str | None
+        self,
+        staleness: StalenessConfig,
+        service: str | ServiceConfig | Exchange | None,
+        job: str | None,
+        distributed: str | DistributedConfig = AUTO,
     ) -> None:
+        self._distributed = check_distributed(distributed)
         self.plans: list[GroupPlan] = []
+        self.ranks = Ranks()
         self.refresher = Refresher(staleness, [], self._snapshots, self._adopt)
         self.step = 0
         self.epoch = time.time_ns() // 1000
         self._raw_exchange, self._job = make_exchange(service, job)
         self._exchange = self._raw_exchange
         self._entries: list[StackPlan] = []
-        self._session_blocks = 0
+        self._session_due = False
+        self._loads = Loads()
+        self._described: list[Described] = []
+        self._shared: SharedUpdates | None = None
 
     def add_group(
         self, settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str]
     ) -> None:
-        """Plan the blocks of another group; they join the session with the next step."""
-        plan = plan_group(settings, parameters, names, len(self._entries))
+        """Plan the blocks of another group; they join the session with the next step.
+
+        Under more than one rank all must add the same groups in the same order.
+
+        Raises:
+            ValueError: the parameters lie over ranks in a way that is not supported, or not as the earlier
+                groups do; names the first.
+        """
+        ranks = Ranks.of(self._distributed, parameters, names) if parameters else self.ranks
+        if self._described and ranks != self.ranks:
+            raise ValueError(
+                f"{names[0]} lies on other ranks than the groups before: give it to an optimizer of its own"
+            )
+        plan = plan_group(settings, parameters, names, len(self._entries), ranks, self._loads)
+        self.ranks = ranks
         self.plans.append(plan)
         for entry in plan.stacks:
             self._entries.extend([entry] * len(entry.stack))
-        self.refresher.extend([sum(n * (n + 1) / 2 for n in spec.sides) for spec in plan.specs], self.step)
+        self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
+        for parameter, name in zip(parameters, names, strict=True):
+            text = f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}"
+            self._described.append(Described(text, parameter))
+        self._shared = None
+        self._session_due |= bool(plan.blocks)
 
     def advance(self, gradients: Sequence[MaybeTensors]) -> Mask:
         """Begin the next step: accumulate statistics, offer snapshots, adopt what is there.
 
         Args:
-            gradients: for each group the gradients of its parameters.
+            gradients: for each group what this rank holds of its parameters' gradients.
 
         Returns:
-            For each block whether its preconditioner may be used in this step.
+            For each block of this rank whether its preconditioner may be used in this step.
 
         Raises:
             ExchangeError: the service refused this trainer for good when it first answered.
+            ValueError: on all ranks, when a session begins: they do not train the same, see
+                :func:`preconditioner_client.agreement.agree`.
         """
-        if len(self._entries) != self._session_blocks:
+        if self._session_due:
             self._open_session()
         self.step += 1
         for plan, of_group in zip(self.plans, gradients, strict=True):
@@ -95,7 +129,9 @@ class Engine:
         grafting: GraftingConfig,
         usable: Mask,
     ) -> None:
-        """Replace the diagonal direction in ``updates`` wherever a block has a usable version.
+        """Replace the diagonal direction in ``updates`` wherever a block of this rank has a usable version.
+
+        After all groups :meth:`share` brings the other ranks' blocks.
 
         Args:
             plan: of the group.
@@ -124,6 +160,22 @@ class Engine:
                 blocks = torch.lerp(diagonal, blocks, weights.to(blocks.device).view(shape))
             entry.stack.scatter(blocks, updates, rows)
 
+    def share(self, updates: Sequence[MaybeTensors]) -> None:
+        """Take every block's finished direction from the replica that owns it.
+
+        Collective among replicas; nothing happens where there is one.
+
+        Args:
+            updates: for each group what :meth:`precondition` was given, or left, as ``updates``.
+
+        Raises:
+            RuntimeError: replicas had gradients of different parameters, see :class:`SharedUpdates`.
+        """
+        if self.ranks.replicas > 1:
+            if self._shared is None:
+                self._shared = SharedUpdates(self.plans, self.ranks, local(self._described[0].held).device)
+            self._shared.share(updates)
+
     def metrics(self) -> dict[str, Any]:
         """Counters of freshness and exchange, see ``Shampoo.metrics``."""
         return {
@@ -140,14 +192,20 @@ class Engine:
         self.step = step
         self.epoch = max(time.time_ns() // 1000, saved_epoch + 1, self.epoch + 1)
         # The next step opens the session of the new epoch.
-        self._session_blocks = 0
+        self._session_due = any(plan.blocks for plan in self.plans)
 
     def close(self) -> None:
         """End the exchange. Idempotent."""
         self._exchange.close()
 
     def _open_session(self) -> None:
-        self._session_blocks = len(self._entries)
+        described = [Described(p.text, local(p.held)) for p in self._described]
+        self.epoch, self._job = agree(
+            self.ranks, self.epoch, self._job, self.step, str(self.refresher.config), described
+        )
+        self._session_due = False
+        if not self._entries:
+            return
         devices = [entry.stack.device for entry in self._entries]
         if any(device.type == "cuda" for device in devices):
             self._exchange = UploadingExchange(self._raw_exchange, devices)
@@ -157,6 +215,8 @@ class Engine:
                 job=self._job,
                 epoch=self.epoch,
                 blocks=tuple(spec for plan in self.plans for spec in plan.specs),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
                 max_staleness=staleness.max_staleness,
                 snapshots_in_flight=staleness.snapshots_in_flight,
             )

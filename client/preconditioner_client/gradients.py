@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from preconditioner_client.distribution import local
 from preconditioner_client.grafting import owns_weight_decay
 
 
@@ -28,7 +29,8 @@ def check_parameter(parameter: torch.Tensor, name: str) -> None:
 def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch.Tensor | None]:
     """Gradients of a group in the dtype of the arithmetic, with sign and coupled weight decay applied.
 
-    Half precision becomes float32. Parameters without a gradient give None.
+    Half precision becomes float32. Parameters without a gradient give None; sharded ones what this rank holds
+    of theirs, which may be empty.
 
     Raises:
         RuntimeError: a sparse gradient.
@@ -39,9 +41,10 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
     gradients: list[torch.Tensor | None] = []
     for parameter, name in zip(group["params"], names, strict=True):
         gradient = parameter.grad
-        if gradient is None or gradient.numel() == 0:
+        if gradient is None:
             gradients.append(None)
             continue
+        gradient = local(gradient)
         if gradient.is_sparse:
             raise RuntimeError(
                 f"the gradient of {name} is sparse, which Shampoo cannot precondition: use sparse=False in "
@@ -52,30 +55,68 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
         if group["maximize"]:
             gradient = -gradient
         if coupled:
-            gradient = gradient.add(parameter.to(gradient.dtype), alpha=coupled)
+            gradient = gradient.add(local(parameter).to(gradient.dtype), alpha=coupled)
         gradients.append(gradient)
     return gradients
 
 
-def check_finite(gradients: Sequence[Sequence[torch.Tensor | None]], names: Sequence[Sequence[str]]) -> None:
+def check_finite(
+    gradients: Sequence[Sequence[torch.Tensor | None]],
+    names: Sequence[Sequence[str]],
+    maximum: Callable[[torch.Tensor], None] | None = None,
+) -> None:
     """Refuse NaN and infinity before they reach statistics, moments or weights.
+
+    Args:
+        gradients: for each group what this rank holds of its parameters' gradients.
+        names: of the parameters.
+        maximum: where ranks hold different rows, takes the elementwise maximum of a tensor over them, in
+            place, so that all come to the same verdict. The host waits once, as without it.
 
     Raises:
         ValueError: naming the first parameter concerned.
     """
-    present = [g for of_group in gradients for g in of_group if g is not None]
-    # The maximum norm, since a sum of squares may overflow for finite gradients.
-    norms = torch._foreach_norm(present, ord=float("inf"))
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for norm in norms:
-        by_device.setdefault(norm.device, []).append(norm.to(torch.float32))
-    if all(bool(torch.stack(of_device).isfinite().all()) for of_device in by_device.values()):
+    present = [
+        (name, gradient)
+        for of_group, group_names in zip(gradients, names, strict=True)
+        for gradient, name in zip(of_group, group_names, strict=True)
+        if gradient is not None
+    ]
+    by_device: dict[torch.device, list[int]] = {}
+    for position, (_, gradient) in enumerate(present):
+        by_device.setdefault(gradient.device, []).append(position)
+    verdicts = [
+        (positions, _not_finite([present[position][1] for position in positions]))
+        for positions in by_device.values()
+    ]
+    if maximum is not None:
+        for _, bad in verdicts:
+            maximum(bad)
+    if not any(bool(bad.any()) for _, bad in verdicts):
         return
-    for of_group, group_names in zip(gradients, names, strict=True):
-        for gradient, name in zip(of_group, group_names, strict=True):
-            if gradient is not None and not bool(gradient.isfinite().all()):
-                bad = int((~gradient.isfinite()).sum())
-                raise ValueError(
-                    f"the gradient of {name} holds {bad} NaN or infinite values; nothing was updated. Skip "
-                    f"the step, clip, or scale the loss (torch.amp.GradScaler)"
-                )
+    concerned = (
+        position
+        for positions, bad in verdicts
+        for position, is_bad in zip(positions, bad.tolist(), strict=True)
+        if is_bad
+    )
+    name, gradient = present[min(concerned)]
+    count = int((~gradient.isfinite()).sum())
+    raise ValueError(
+        f"the gradient of {name} holds {count or 'on another rank'} NaN or infinite values; nothing was "
+        f"updated. Skip the step, clip, or scale the loss (torch.amp.GradScaler)"
+    )
+
+
+def _not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """For each gradient of a device 1 if it holds NaN or infinity, else 0."""
+    # The maximum norm, since a sum of squares may overflow for finite gradients. It has none of nothing.
+    filled = [index for index, gradient in enumerate(gradients) if gradient.numel()]
+    bad = torch.zeros(len(gradients), dtype=torch.int32, device=gradients[0].device)
+    if filled:
+        norms = torch._foreach_norm([gradients[index] for index in filled], ord=float("inf"))
+        found = ~torch.stack([norm.to(torch.float32) for norm in norms]).isfinite()
+        if len(filled) == len(gradients):
+            return found.to(torch.int32)
+        bad[torch.tensor(filled, device=bad.device)] = found.to(torch.int32)
+    return bad

@@ -25,11 +25,19 @@ gradient as it is, ``sgd`` gives it the length of m.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from preconditioner_client.config import Grafting, GraftingConfig
+
+Norms = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+"""From tensors to the Euclidean norms, 0-D, of the parameters that they belong to."""
+
+
+def _own_norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Norms of the tensors as they are."""
+    return list(torch._foreach_norm(tensors))
 
 
 def needs_second_moment(config: GraftingConfig) -> bool:
@@ -60,6 +68,7 @@ def directions(
     steps: Sequence[int],
     weights: Sequence[torch.Tensor],
     weight_decay: float,
+    norms: Norms = _own_norms,
 ) -> list[torch.Tensor]:
     """d of every parameter, in new tensors.
 
@@ -70,9 +79,10 @@ def directions(
         steps: number t >= 1 of updates of each parameter, this one included.
         weights: w, in the dtype of m; read by ``lars`` and ``lamb`` only.
         weight_decay: lambda of ``lars`` and ``lamb``.
+        norms: for ``lars`` and ``lamb``, where the tensors are only some rows of the parameters.
     """
     if config.method is Grafting.LARS:
-        return _lars(config, filtered, weights, weight_decay)
+        return _lars(config, filtered, weights, weight_decay, norms)
     if not needs_second_moment(config):
         return [m.clone() for m in filtered]
     denominators = list(torch._foreach_sqrt(moments))
@@ -82,8 +92,8 @@ def directions(
     result = list(torch._foreach_div(list(filtered), denominators))
     if config.method is Grafting.LAMB:
         torch._foreach_add_(result, list(weights), alpha=weight_decay)
-        own = torch._foreach_norm(result)
-        torch._foreach_mul_(result, _ratios(torch._foreach_norm(list(weights)), own))
+        own = norms(result)
+        torch._foreach_mul_(result, _ratios(norms(list(weights)), own))
     return result
 
 
@@ -92,10 +102,11 @@ def _lars(
     filtered: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     weight_decay: float,
+    norms: Norms,
 ) -> list[torch.Tensor]:
-    weight_norms = torch._foreach_norm(list(weights))
+    weight_norms = norms(list(weights))
     denominators = list(torch._foreach_mul(weight_norms, weight_decay))
-    torch._foreach_add_(denominators, torch._foreach_norm(list(filtered)))
+    torch._foreach_add_(denominators, norms(list(filtered)))
     ratios = _ratios(torch._foreach_mul(weight_norms, config.trust_coefficient), denominators)
     result = list(torch._foreach_add(list(filtered), list(weights), alpha=weight_decay))
     torch._foreach_mul_(result, ratios)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from preconditioner_client.blocks import Partition, partition
+from preconditioner_client.blocks import partition
 from preconditioner_client.config import BlockingConfig, RootConfig, StatisticsConfig
+from preconditioner_client.distribution import Ranks
 from preconditioner_client.exchange import BlockSpec
 from preconditioner_client.stack import BlockStack, Member
 
@@ -49,6 +50,31 @@ class StackPlan:
         return tuple(row for row in self.every_row if tensors[members[row].parameter] is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedBlock:
+    """One block of a group, whoever holds it.
+
+    Attributes:
+        member: parameter and place; the place is one in the rows that the block's shard holds.
+        key: the slice of the whole merged parameter, as in ``0:512,512:1024``; names the block within its
+            parameter whatever the number of ranks.
+        preconditioned: the merged dimensions that have a preconditioner.
+        shard: that holds the block's parameter.
+        replica: of this shard, the one that owns the block.
+    """
+
+    member: Member
+    key: str
+    preconditioned: tuple[int, ...]
+    shard: int
+    replica: int
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Lengths of the preconditioned sides."""
+        return tuple(self.member.place.shape[dim] for dim in self.preconditioned)
+
+
 @dataclass(slots=True)
 class GroupPlan:
     """Blocks of one parameter group.
@@ -56,61 +82,144 @@ class GroupPlan:
     Attributes:
         settings: as they were when the group was planned.
         names: of the parameters, for messages.
-        partitions: of the parameters.
-        stacks: of all blocks, grouped by shape, device and preconditioned dimensions.
-        specs: of all blocks, in the order of the stacks' rows.
-        rows: for each parameter and each block of its partition, ``(stack, row)``.
+        blocks: of all ranks, in the same order on all of them.
+        stacks: of this rank's blocks, grouped by shape, device and preconditioned dimensions.
+        specs: of this rank's blocks, in the order of the stacks' rows.
+        own: positions in ``blocks`` of this rank's blocks, in the order of the stacks' rows.
+        rows: for each parameter the blocks of this rank, in the order of their slices.
+        keys: for each parameter the keys of its blocks on all ranks.
+        shards: over how many ranks the rows of the parameters are divided.
     """
 
     settings: GroupSettings
     names: list[str]
-    partitions: list[Partition]
+    blocks: list[PlannedBlock]
     stacks: list[StackPlan]
     specs: list[BlockSpec]
-    rows: list[list[tuple[StackPlan, int]]]
+    own: list[int]
+    rows: list[list[PlannedRow]]
+    keys: list[set[str]]
+    shards: int
+
+    def snapshot_costs(self) -> list[float]:
+        """Values in a snapshot of each of ``blocks``."""
+        return [sum(n * (n + 1) / 2 for n in block.sides) for block in self.blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """Where a block of this rank is kept: its key in the parameter, its stack, its row there."""
+
+    key: str
+    entry: StackPlan
+    row: int
+
+    @property
+    def block(self) -> int:
+        """Index in this rank's session."""
+        return self.entry.first + self.row
 
 
 def plan_group(
-    settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str], first_block: int
+    settings: GroupSettings,
+    parameters: Sequence[torch.Tensor],
+    names: Sequence[str],
+    first_block: int = 0,
+    ranks: Ranks | None = None,
+    loads: Loads | None = None,
 ) -> GroupPlan:
-    """Cut the parameters of a group and stack equal blocks.
+    """Cut the parameters of a group, give every block to one rank, and stack equal ones of this rank.
 
     Args:
         settings: of the group.
         parameters: of the group, where they will stay.
         names: one for each parameter.
         first_block: index in the session's blocks that the group's first block gets.
+        ranks: how the parameters lie over ranks; default: all on this one.
+        loads: what earlier groups gave to each rank; this group's is added.
     """
-    root = settings.root
-    partitions = [partition(tuple(p.shape), settings.blocking) for p in parameters]
+    ranks = ranks or Ranks()
+    blocks = _blocks_of(settings, parameters, ranks, loads if loads is not None else Loads())
+    plan = GroupPlan(
+        settings,
+        list(names),
+        blocks,
+        stacks=[],
+        specs=[],
+        own=[],
+        rows=[[] for _ in parameters],
+        keys=[set() for _ in parameters],
+        shards=ranks.shards,
+    )
+    # Per kind the positions of this rank's blocks.
+    kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for position, block in enumerate(blocks):
+        plan.keys[block.member.parameter].add(block.key)
+        if (block.shard, block.replica) == (ranks.shard, ranks.replica):
+            device = parameters[block.member.parameter].device
+            kinds[(block.member.place.shape, block.preconditioned, device)].append(position)
 
-    kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
-    for index, (parameter, cut) in enumerate(zip(parameters, partitions, strict=True)):
-        for number, place in enumerate(cut.blocks):
-            kind = (place.shape, cut.preconditioned, parameter.device)
-            kinds[kind].append(Member(index, number, cut.merged, place))
-
-    plan = GroupPlan(settings, list(names), partitions, [], [], [[] for _ in parameters])
-    for (_, preconditioned, device), members in kinds.items():
+    for (_, preconditioned, device), positions in kinds.items():
+        members = [blocks[position].member for position in positions]
         stack = BlockStack(members, preconditioned, settings.statistics, device)
         entry = StackPlan(stack, first_block + len(plan.specs))
         plan.stacks.append(entry)
-        order = root.root_order(len(preconditioned))
-        for row, member in enumerate(members):
+        plan.own.extend(positions)
+        order = settings.root.root_order(len(preconditioned))
+        for row, (position, member) in enumerate(zip(positions, members, strict=True)):
+            key = blocks[position].key
+            name = names[member.parameter]
             plan.specs.append(
                 BlockSpec(
-                    name=_label(names[member.parameter], partitions[member.parameter], member),
+                    name=(name if len(plan.keys[member.parameter]) == 1 else f"{name}[{key}]")[-500:],
                     sides=stack.sides,
                     root_orders=(order,) * len(stack.sides),
-                    ridge=root.ridge,
+                    ridge=settings.root.ridge,
                 )
             )
-            plan.rows[member.parameter].append((entry, row))
+            plan.rows[member.parameter].append(PlannedRow(key, entry, row))
     for rows in plan.rows:
-        rows.sort(key=lambda entry: entry[0].stack.members[entry[1]].number)
+        rows.sort(key=lambda held: held.entry.stack.members[held.row].number)
     return plan
 
 
-def _label(name: str, cut: Partition, member: Member) -> str:
-    label = name if len(cut.blocks) == 1 else name + member.place.label()
-    return label[-500:]
+class Loads:
+    """Work given to each replica of each shard so far, so that groups are balanced together."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[int, int], float] = defaultdict(float)
+
+    def assign(self, shard: int, replicas: int, costs: Sequence[float]) -> list[int]:
+        """The owner of each block: the costliest first, each to the replica with the least work.
+
+        Every rank comes to the same answer, since it follows from the costs alone.
+        """
+        owners = [0] * len(costs)
+        for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owner = min(range(replicas), key=lambda replica: self._given[shard, replica])
+            owners[position] = owner
+            self._given[shard, owner] += costs[position]
+        return owners
+
+
+def _blocks_of(
+    settings: GroupSettings, parameters: Sequence[torch.Tensor], ranks: Ranks, loads: Loads
+) -> list[PlannedBlock]:
+    """All blocks of a group, equal ones together, in an order that is the same on every rank."""
+    kinds: dict[tuple[Any, ...], list[PlannedBlock]] = defaultdict(list)
+    for index, parameter in enumerate(parameters):
+        shape = tuple(parameter.shape)
+        for shard in range(ranks.shards):
+            cut = partition(shape, settings.blocking, ranks.rows(shape[0], shard) if shape else None)
+            for number, place in enumerate(cut.blocks):
+                member = Member(index, number, cut.merged, place)
+                block = PlannedBlock(member, place.key(cut.origin), cut.preconditioned, shard, replica=0)
+                kinds[(place.shape, cut.preconditioned)].append(block)
+    found = [block for of_kind in kinds.values() for block in of_kind]
+    for shard in range(ranks.shards):
+        positions = [position for position, block in enumerate(found) if block.shard == shard]
+        # Accumulating and preconditioning multiply each side with the whole block.
+        costs = [float(found[i].member.place.numel * sum(found[i].sides)) for i in positions]
+        for position, owner in zip(positions, loads.assign(shard, ranks.replicas, costs), strict=True):
+            found[position] = replace(found[position], replica=owner)
+    return found

@@ -81,11 +81,21 @@ class Refresher:
         )
         self.wait_seconds = 0.0
 
-    def extend(self, costs: Sequence[float], step: int) -> None:
-        """Add blocks at the end, as of step ``step``."""
-        count = len(costs)
+    def extend(self, costs: Sequence[float], step: int, own: Sequence[int] | None = None) -> None:
+        """Add blocks at the end, as of step ``step``.
+
+        Args:
+            costs: relative size of each snapshot.
+            step: the latest step.
+            own: the positions in ``costs`` of the blocks to add, where other ranks hold the rest: a block is
+                due in the same steps whoever holds it. None: all.
+        """
+        phases = self._phases(costs)
+        if own is not None:
+            phases = phases[np.asarray(own, dtype=np.int64)]
+        count = len(phases)
         never: Steps = np.full(count, NEVER, dtype=np.int64)
-        begin: Steps = self._phases(costs) - self.config.interval + step
+        begin: Steps = phases - self.config.interval + step
         self.versions = np.concatenate([self.versions, never])
         self._outstanding = np.concatenate([self._outstanding, never])
         self.first_adopted = np.concatenate([self.first_adopted, never])

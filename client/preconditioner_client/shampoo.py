@@ -26,6 +26,7 @@ from preconditioner_client.config import (
     StalenessConfig,
     StatisticsConfig,
 )
+from preconditioner_client.distribution import AUTO, DistributedConfig, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
@@ -64,12 +65,22 @@ class Shampoo(Optimizer):
         staleness: refresh interval, bound, adoption and policy.
         service: ``"embedded"`` (default) for a private service beside this process, ``"host:port"`` or a
             :class:`ServiceConfig` for a running one, or any :class:`Exchange`.
-        job: name of this training job at the service; default from host and process.
+        job: name of this training job at the service; default from host and process. Under several ranks the
+            first one's is taken.
+        distributed: ``"auto"`` (default): if ``torch.distributed`` is in use, plain parameters are taken for
+            replicas, as ``DistributedDataParallel`` makes them, and ``DTensor`` parameters (``fully_shard``)
+            for what their mesh says; ranks whose weights differ are refused. ``"off"``: every rank trains a
+            model of its own. A :class:`DistributedConfig`: as ``"auto"``, with its settings.
 
     Raises:
         ValueError: a setting outside of its range, a complex parameter, a gradient with NaN or infinity (from
             :meth:`step`, before anything was changed).
         ExchangeError: the service could not be started, or refuses this trainer for good.
+
+    Under several ranks every block has one owner, which alone keeps its statistics and speaks to the service;
+    moments are kept by all. :meth:`step` is then collective: all ranks call it equally often, with gradients
+    of the same parameters. ``stale_timeout`` should be below the process group's timeout, since the other
+    ranks wait for one that waits.
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class Shampoo(Optimizer):
         staleness: StalenessConfig | None = None,
         service: str | ServiceConfig | Exchange | None = None,
         job: str | None = None,
+        distributed: str | DistributedConfig = AUTO,
     ) -> None:
         self._engine: Engine | None = None
         defaults = {
@@ -109,7 +121,7 @@ class Shampoo(Optimizer):
         }
         super().__init__(params, defaults)
         # Last, so that nothing is dialled for settings that are refused.
-        self._engine = Engine(staleness or StalenessConfig(), service, job)
+        self._engine = Engine(staleness or StalenessConfig(), service, job, distributed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also in the middle of training; its blocks join the session with the next step."""
@@ -130,11 +142,12 @@ class Shampoo(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of all parameters that have a gradient.
 
-        Does no I/O, and waits only as ``staleness`` says.
+        Does no I/O with the service, and waits only as ``staleness`` says, and for other ranks.
 
         Raises:
-            ValueError: a gradient holds NaN or infinity. Nothing has changed then.
-            RuntimeError: a gradient is sparse.
+            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. Or ranks do
+                not train the same.
+            RuntimeError: a gradient is sparse, or replicas have gradients of different parameters.
             ExchangeError: the service refused this trainer for good when it first answered.
         """
         loss = None
@@ -148,10 +161,20 @@ class Shampoo(Optimizer):
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return loss
-        check_finite(gradients, [plan.names for plan in engine.plans])
+        if self._is_initialised_by_torch(gradients):
+            for group, of_group in zip(self.param_groups, gradients, strict=True):
+                self._states_of(group, of_group, momentum_too=group["momentum"] > 0)
+            checkpoint.write(self, engine)
+            return loss
+        check_finite(gradients, [plan.names for plan in engine.plans], engine.ranks.maximum_over_shards)
         usable = engine.advance(gradients)
-        for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True):
-            self._update_group(group, plan, of_group, usable)
+        updates = [
+            self._directions(group, plan, of_group, usable)
+            for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
+        ]
+        engine.share(updates)
+        for group, of_group in zip(self.param_groups, updates, strict=True):
+            self._apply(group, of_group)
         return loss
 
     def metrics(self) -> dict[str, Any]:
@@ -174,7 +197,7 @@ class Shampoo(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`."""
         checkpoint.write(self, self._planned())
-        return checkpoint.strip_settings(super().state_dict())
+        return checkpoint.exported(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
@@ -206,51 +229,79 @@ class Shampoo(Optimizer):
             )
         return engine
 
-    def _update_group(
+    def _is_initialised_by_torch(self, gradients: list[MaybeTensors]) -> bool:
+        """Whether this step is torch.distributed.checkpoint's, which wants nothing but the state's tensors.
+
+        It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
+
+    def _directions(
         self, group: dict[str, Any], plan: GroupPlan, gradients: MaybeTensors, usable: Mask
-    ) -> None:
+    ) -> MaybeTensors:
+        """The direction of every parameter with a gradient, this rank's blocks preconditioned."""
         grafting: GraftingConfig = group["grafting"]
         present = [i for i, g in enumerate(gradients) if g is not None]
         if not present:
-            return
-        params = [group["params"][i] for i in present]
+            return gradients
         grads = [cast(torch.Tensor, gradients[i]) for i in present]
-        states = [self._state_of(p, g, group) for p, g in zip(params, grads, strict=True)]
+        states = self._states_of(group, gradients)
         for state in states:
             state["step"] += 1
         steps = [int(state["step"]) for state in states]
 
         filtered = grads
         if group["beta1"] > 0:
-            averages = [state["exp_avg"] for state in states]
+            averages = [local(state["exp_avg"]) for state in states]
             torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
             filtered = list(torch._foreach_div(averages, [1 - group["beta1"] ** t for t in steps]))
-        moments = [state["second_moment"] for state in states] if needs_second_moment(grafting) else []
+        moments = [local(state["second_moment"]) for state in states] if needs_second_moment(grafting) else []
         if moments:
             update_second_moments(grafting, moments, grads)
-        weights = [p.detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
-        diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"])
-        updates = [d.contiguous() for d in diagonal]
-        sources, targets = (_spread(tensors, present, gradients) for tensors in (filtered, updates))
-        cast(Engine, self._engine).precondition(plan, sources, targets, grafting, usable)
-        if group["momentum"] > 0:
-            updates = _momentum(group, states, updates)
-        _apply(group, params, updates)
+        weights = [
+            local(group["params"][i]).detach().to(g.dtype) for i, g in zip(present, grads, strict=True)
+        ]
+        norms = cast(Engine, self._engine).ranks.norms
+        diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
+        updates = _spread([d.contiguous() for d in diagonal], present, gradients)
+        sources = _spread(filtered, present, gradients)
+        cast(Engine, self._engine).precondition(plan, sources, updates, grafting, usable)
+        return updates
 
-    def _state_of(
-        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
-    ) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        state.setdefault("step", 0)
+    def _apply(self, group: dict[str, Any], updates: MaybeTensors) -> None:
+        """Momentum, weight decay and the step itself, for every parameter that has an update."""
+        present = [(p, u) for p, u in zip(group["params"], updates, strict=True) if u is not None]
+        if not present:
+            return
+        directions = [u for _, u in present]
+        if group["momentum"] > 0:
+            directions = _momentum(group, [p for p, _ in present], self.state, directions)
+        _apply(group, [local(p) for p, _ in present], directions)
+
+    def _states_of(
+        self, group: dict[str, Any], gradients: MaybeTensors, momentum_too: bool = False
+    ) -> list[dict[str, Any]]:
+        """State of every parameter with a gradient, made where it is missing."""
         wanted = []
         if group["beta1"] > 0:
             wanted.append("exp_avg")
         if needs_second_moment(group["grafting"]):
             wanted.append("second_moment")
-        for key in wanted:
-            if key not in state:
-                state[key] = torch.zeros_like(gradient)
-        return state
+        if momentum_too:
+            wanted.append("momentum_buffer")
+        states = []
+        for parameter, gradient in zip(group["params"], gradients, strict=True):
+            if gradient is None:
+                continue
+            state: dict[str, Any] = self.state[parameter]
+            state.setdefault("step", 0)
+            for key in wanted:
+                if key not in state:
+                    state[key] = like(parameter, torch.zeros_like(gradient))
+            states.append(state)
+        return states
 
 
 def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> MaybeTensors:
@@ -261,16 +312,19 @@ def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> Mayb
     return spread
 
 
-def _momentum(group: dict[str, Any], states: list[dict[str, Any]], updates: Tensors) -> Tensors:
+def _momentum(group: dict[str, Any], params: Tensors, states: Any, updates: Tensors) -> Tensors:
     """Heavy ball as in ``torch.optim.SGD``: the first update starts the buffer undampened."""
     momentum = group["momentum"]
     result = []
-    for state, update in zip(states, updates, strict=True):
-        buffer = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = state["momentum_buffer"] = update.clone()
+    for parameter, update in zip(params, updates, strict=True):
+        state = states[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = like(parameter, update.clone())
+        elif state["step"] == 1:  # it was made for a checkpoint to be loaded into, and nothing was
+            local(state["momentum_buffer"]).copy_(update)
         else:
-            buffer.mul_(momentum).add_(update, alpha=1 - group["dampening"])
+            local(state["momentum_buffer"]).mul_(momentum).add_(update, alpha=1 - group["dampening"])
+        buffer = local(state["momentum_buffer"])
         result.append(update.add(buffer, alpha=momentum) if group["nesterov"] else buffer)
     return result
 
