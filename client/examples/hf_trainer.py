@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--service", default="embedded", help="embedded, or host:port of a running one")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", help="folder of the checkpoints; default a temporary one")
+    parser.add_argument("--save-steps", type=int, help="steps between checkpoints; default only the last")
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --output")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--attach", action="store_true", help="precondition inside of AdamW")
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
                 use_cpu=not torch.cuda.is_available(),
                 bf16=args.bf16,
                 logging_steps=10,
-                save_steps=args.steps,
+                save_steps=args.save_steps or args.steps,
                 report_to=args.report_to,
                 disable_tqdm=True,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -198,6 +199,7 @@ def test_a_compiled_model(make, backend):
     assert metrics()["versions_adopted"] > 0
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no compiler for it")
 def test_a_model_compiled_for_the_machine():
     torch._dynamo.reset()
     model, x, y = model_and_data()

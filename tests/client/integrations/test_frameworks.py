@@ -1,0 +1,213 @@
+"""What frameworks do with an optimizer: wrap it, call it with closures, save it, load it."""
+
+from __future__ import annotations
+
+import accelerate
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from preconditioner_client import LocalExchange, Shampoo, StalenessConfig, attach
+from preconditioner_client.adapters import lightning_callback, metrics_source, run_closure_first
+
+SCHEDULED = StalenessConfig(adoption="scheduled", refresh_every=3, delay=4)
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def data(rows=64):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 6, generator=generator), torch.randn(rows, 3, generator=generator)
+
+
+def make(model, attached=False, **settings):
+    settings = {"staleness": SCHEDULED, "service": LocalExchange(), **settings}
+    if not attached:
+        return Shampoo(model.named_parameters(), lr=0.01, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run_closure_first(optimizer)
+    attach(optimizer, model, **settings)
+    return optimizer
+
+
+def equal_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, attached=False, automatic=True, skip=None):
+        super().__init__()
+        self.model = small_model()
+        self.attached = attached
+        self.automatic_optimization = automatic
+        self.skip = skip
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
+        if batch_idx == self.skip:
+            return None
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.5)
+            optimizer.step()
+            return None
+        return loss
+
+    def configure_optimizers(self):
+        return make(self.model, self.attached)
+
+
+def fit(module, tmp_path, epochs=1, ckpt_path=None, callbacks=(), **settings):
+    if module.automatic_optimization:
+        settings = {"gradient_clip_val": 0.5, **settings}
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        log_every_n_steps=4,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, **settings},
+        callbacks=list(callbacks),
+    )
+    loader = DataLoader(TensorDataset(*data()), batch_size=8)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def reference(attached, steps=8, skip=None):
+    """The same training in a plain loop."""
+    model = small_model()
+    optimizer = make(model, attached)
+    batches = list(DataLoader(TensorDataset(*data()), batch_size=8))
+    for step in range(steps):
+        if step == skip:
+            continue
+        optimizer.zero_grad()
+        x, y = batches[step % len(batches)]
+        nn.functional.mse_loss(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return model
+
+
+attached_or_not = pytest.mark.parametrize("attached", [False, True])
+
+
+@attached_or_not
+@pytest.mark.parametrize("automatic", [True, False])
+def test_lightning_trains_as_a_plain_loop_does(tmp_path, attached, automatic):
+    """Backward and clipping happen in the closure, and before the preconditioner's turn."""
+    module = Module(attached, automatic)
+    trainer = fit(module, tmp_path, enable_checkpointing=False)
+    assert equal_weights(module.model, reference(attached))
+    metrics = metrics_source(trainer.optimizers[0]).metrics()
+    assert metrics["step"] == 8
+    assert metrics["versions_adopted"] > 0
+
+
+@attached_or_not
+def test_a_batch_that_lightning_skips_reaches_no_statistics(tmp_path, attached):
+    module = Module(attached, skip=3)
+    trainer = fit(module, tmp_path, enable_checkpointing=False)
+    assert equal_weights(module.model, reference(attached, skip=3))
+    assert metrics_source(trainer.optimizers[0]).metrics()["step"] == 7
+
+
+@attached_or_not
+def test_lightning_resumes_bit_for_bit(tmp_path, attached):
+    every = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    uninterrupted = Module(attached)
+    fit(uninterrupted, tmp_path, epochs=2, callbacks=[every])
+    resumed = Module(attached)
+    trainer = fit(
+        resumed, tmp_path, epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt", enable_checkpointing=False
+    )
+    assert trainer.global_step == 16
+    assert equal_weights(uninterrupted.model, resumed.model)
+
+
+@attached_or_not
+def test_lightning_scales_the_loss_of_half_precision(tmp_path, attached):
+    """Its precision plugin unscales and clips by itself, and calls step without a closure."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    module = Module(attached)
+    trainer = fit(module, tmp_path, enable_checkpointing=False, plugins=[plugin])
+    assert metrics_source(trainer.optimizers[0]).metrics()["step"] == 8
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_metrics_reach_the_loggers_of_lightning(tmp_path):
+    logged = []
+
+    class Logger(lightning.pytorch.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, metrics))
+
+    trainer = fit(
+        Module(),
+        tmp_path,
+        callbacks=[lightning_callback()],
+        enable_checkpointing=False,
+        logger=Logger(),
+        accumulate_grad_batches=2,
+    )
+    ours = [(step, m) for step, m in logged if "preconditioner/age_max" in m]
+    assert [step for step, _ in ours] == [4]
+    assert trainer.callback_metrics["preconditioner/step"] == 4
+
+
+@attached_or_not
+def test_accelerate_resumes_bit_for_bit(tmp_path, attached):
+    x, y = data()
+
+    def prepared():
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = small_model()
+        optimizer = make(model, attached)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def train(accelerator, model, optimizer, batches):
+        for number in batches:
+            rows = slice(8 * (number % 8), 8 * (number % 8) + 8)
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.mse_loss(model(x[rows]), y[rows]))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    first = prepared()
+    train(*first, range(16))
+    first[0].save_state(str(tmp_path / "state"))
+    train(*first, range(16, 32))
+    assert metrics_source(first[2]).metrics()["step"] == 16
+    assert metrics_source(first[2]).metrics()["versions_adopted"] > 0
+    second = prepared()
+    second[0].load_state(str(tmp_path / "state"))
+    train(*second, range(16, 32))
+    assert equal_weights(first[1], second[1])
+
+
+def test_the_train_and_eval_modes_of_an_accelerated_optimizer_pass():
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = accelerator.prepare(make(small_model()))
+    optimizer.train()
+    optimizer.eval()
+    assert not optimizer.step_was_skipped
+
+
+def test_accelerate_frees_what_it_holds():
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = small_model()
+    optimizer = accelerator.prepare(make(model))
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    assert optimizer is None
