@@ -122,8 +122,8 @@ class Stream:
         limit = min(self._limits.max_message_bytes or _SEND_BYTES, _SEND_BYTES)
         while self._mailbox.await_work(self._lane):
             yield from self._receipts()
-            for chunks in chunk_messages(self._ready_blocks(), limit):
-                yield pb.TrainerMessage(chunks=chunks)
+            for message in chunk_messages(self._ready_blocks(), limit, message=pb.TrainerMessage):
+                yield message
                 # Between the messages of a large block too: credit comes back early.
                 yield from self._receipts()
 

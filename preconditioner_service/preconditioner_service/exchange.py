@@ -18,9 +18,9 @@ import grpc.aio
 
 from preconditioner_protos import Assembler, PackedBlock, Refusal, chunk_messages
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.board import Session
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.logs import limited
+from preconditioner_service.sessions import Session
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -228,8 +228,8 @@ class ExchangeStream:
             await self._wake.wait()
             self._wake.clear()
             await self._say()
-            for chunks in chunk_messages(self._pushes(), self._max_message_bytes):
-                await self._context.write(pb.ServiceMessage(chunks=chunks))
+            for message in chunk_messages(self._pushes(), self._max_message_bytes, message=pb.ServiceMessage):
+                await self._context.write(message)
                 await self._say()
 
     async def _say(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -68,14 +68,22 @@ class _RefusedError(Exception):
         self.reason = reason
 
 
+MessageT = TypeVar("MessageT", pb.Chunks, pb.TrainerMessage, pb.ServiceMessage)
+
+
 def chunk_messages(
-    blocks: Iterable[PackedBlock], max_message_bytes: int = MAX_MESSAGE_BYTES
-) -> Iterator[pb.Chunks]:
+    blocks: Iterable[PackedBlock],
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    *,
+    message: type[MessageT],
+) -> Iterator[MessageT]:
     """Cut blocks into messages no larger than the limit; small matrices share one.
 
     Args:
         blocks: taken one at a time, as the messages are consumed.
-        max_message_bytes: bound for the serialized message that carries the ``Chunks``.
+        max_message_bytes: bound for the serialized message of a stream that carries the chunks.
+        message: what to make. The chunks are made where they stay, since every assignment of a message
+            copies its payloads.
 
     Raises:
         ValueError: the limit leaves no room for payload.
@@ -83,8 +91,7 @@ def chunk_messages(
     room = max_message_bytes - _MESSAGE_FRAMING
     if room <= _CHUNK_FRAMING:
         raise ValueError(f"max_message_bytes {max_message_bytes} leaves no room for a payload")
-    chunks: list[pb.MatrixChunk] = []
-    used = 0
+    current, used = message(), 0
     for block in blocks:
         for side, packed in enumerate(block.sides):
             data = np.ascontiguousarray(packed).data.cast("B")
@@ -92,23 +99,22 @@ def chunk_messages(
             offset = 0
             while offset < len(data):
                 if room - used <= _CHUNK_FRAMING:
-                    yield pb.Chunks(chunks=chunks)
-                    chunks, used = [], 0
+                    yield current
+                    current, used = message(), 0
                 size = min(len(data) - offset, room - used - _CHUNK_FRAMING)
-                chunks.append(
-                    pb.MatrixChunk(
-                        block=block.block,
-                        side=side,
-                        step=block.step,
-                        offset=offset,
-                        payload=bytes(data[offset : offset + size]),
-                        crc32=crc32,
-                    )
+                carrier = current if isinstance(current, pb.Chunks) else current.chunks
+                carrier.chunks.add(
+                    block=block.block,
+                    side=side,
+                    step=block.step,
+                    offset=offset,
+                    payload=bytes(data[offset : offset + size]),
+                    crc32=crc32,
                 )
                 offset += size
                 used += size + _CHUNK_FRAMING
-    if chunks:
-        yield pb.Chunks(chunks=chunks)
+    if used:
+        yield current
 
 
 class Assembler:

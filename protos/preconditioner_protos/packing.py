@@ -22,6 +22,10 @@ def packed_length(side: int) -> int:
     return side * (side + 1) // 2
 
 
+_INDEXED_UP_TO = 1024
+"""Sides up to this are (un)packed by one gather; the index arrays of larger ones take too much memory."""
+
+
 @functools.lru_cache(maxsize=64)
 def upper_indices(side: int) -> Indices:
     """Flat (row-major) positions of the upper triangle in a ``side x side`` matrix, in packed order.
@@ -65,8 +69,15 @@ def pack(matrix: Array) -> Array:
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"pack needs square matrices (..., n, n), not shape {matrix.shape}")
     side = matrix.shape[-1]
-    flat = matrix.reshape(*matrix.shape[:-2], side * side)
-    return np.take(flat, upper_indices(side), axis=-1)
+    if side <= _INDEXED_UP_TO:
+        flat = matrix.reshape(*matrix.shape[:-2], side * side)
+        return np.take(flat, upper_indices(side), axis=-1)
+    packed = np.empty((*matrix.shape[:-2], packed_length(side)), matrix.dtype)
+    start = 0
+    for row in range(side):
+        packed[..., start : start + side - row] = matrix[..., row, row:]
+        start += side - row
+    return packed
 
 
 def unpack(packed: Array, side: int) -> Array:
@@ -86,5 +97,14 @@ def unpack(packed: Array, side: int) -> Array:
         raise ValueError(
             f"a packed {side} x {side} matrix has {packed_length(side)} values, not shape {packed.shape}"
         )
-    full = np.take(packed, unpacking_indices(side), axis=-1)
-    return full.reshape(*packed.shape[:-1], side, side)
+    if side <= _INDEXED_UP_TO:
+        full = np.take(packed, unpacking_indices(side), axis=-1)
+        return full.reshape(*packed.shape[:-1], side, side)
+    matrix = np.empty((*packed.shape[:-1], side, side), packed.dtype)
+    start = 0
+    for row in range(side):
+        values = packed[..., start : start + side - row]
+        matrix[..., row, row:] = values
+        matrix[..., row + 1 :, row] = values[..., 1:]
+        start += side - row
+    return matrix

@@ -216,7 +216,7 @@ def test_a_spoilt_preconditioner_is_dropped_and_its_credit_returned(front, conne
         whole = roots(block, stream.manifest)
         if fault == "nan":
             whole.sides[0][2] = np.nan
-        for chunks in chunk_messages([whole]):
+        for chunks in chunk_messages([whole], message=pb.Chunks):
             if fault == "checksum":
                 chunks.chunks[0].crc32 ^= 1
             elif fault == "gap":
@@ -344,7 +344,7 @@ def test_a_service_that_is_restarted_is_found_again(front, connect, caplog):
 def test_a_stream_that_ends_in_mid_chunk_leaves_nothing_behind(front, connect):
     def break_off(stream, block):
         stream.receipt(block)
-        (chunks,) = chunk_messages([roots(block, stream.manifest)])
+        (chunks,) = chunk_messages([roots(block, stream.manifest)], message=pb.Chunks)
         chunk = chunks.chunks[0]
         chunk.payload = chunk.payload[:100]
         stream.send(chunks=pb.Chunks(chunks=[chunk]))

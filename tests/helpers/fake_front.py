@@ -61,7 +61,7 @@ class FrontStream:
 
     def push(self, *blocks: PackedBlock) -> None:
         """Send preconditioners."""
-        for chunks in chunk_messages(blocks):
+        for chunks in chunk_messages(blocks, message=pb.Chunks):
             self.send(chunks=chunks)
 
     def receipt(self, block: PackedBlock) -> None:

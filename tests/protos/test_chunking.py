@@ -43,7 +43,7 @@ def same(a, b):
 def test_what_was_cut_arrives_whole_and_no_message_exceeds_its_limit(keys, limit, dtype):
     layout = Layout(LAYOUT.sides, np.dtype(dtype))
     blocks = [packed_block(b, s, layout) for b, s in keys]
-    messages = list(chunk_messages(blocks, limit))
+    messages = list(chunk_messages(blocks, limit, message=pb.Chunks))
     assembler = Assembler(layout)
     arrived = feed(assembler, messages)
     assert len(arrived) == len(blocks)
@@ -56,29 +56,31 @@ def test_what_was_cut_arrives_whole_and_no_message_exceeds_its_limit(keys, limit
 def test_the_limit_holds_for_the_largest_numbers():
     layout = Layout(((40,),) * 1, F4)
     block = PackedBlock(0, 2**63, (np.zeros(packed_length(40), F4),))
-    for message in chunk_messages([block], 200):
+    for message in chunk_messages([block], 200, message=pb.Chunks):
         for chunk in message.chunks:
             chunk.block = 2**32 - 1
             chunk.side = 2**32 - 1
         assert pb.ServiceMessage(chunks=message).ByteSize() <= 200
     with pytest.raises(ValueError, match="no room"):
-        list(chunk_messages([block], 50))
+        list(chunk_messages([block], 50, message=pb.Chunks))
     assert layout.total_bytes() == 3280
 
 
 def test_small_matrices_share_a_message():
     blocks = [packed_block(2, s) for s in range(50)]
-    assert len(list(chunk_messages(blocks))) == 1
+    assert len(list(chunk_messages(blocks, message=pb.Chunks))) == 1
 
 
 def test_arrived_arrays_are_read_only():
-    (arrived,) = feed(Assembler(LAYOUT), chunk_messages([packed_block(1, 1)]))
+    (arrived,) = feed(Assembler(LAYOUT), chunk_messages([packed_block(1, 1)], message=pb.Chunks))
     with pytest.raises(ValueError, match="read-only"):
         arrived.sides[0][0] = 1
 
 
 def chunks_of(block, step, limit=120):
-    return [c for m in chunk_messages([packed_block(block, step)], limit) for c in m.chunks]
+    return [
+        c for m in chunk_messages([packed_block(block, step)], limit, message=pb.Chunks) for c in m.chunks
+    ]
 
 
 def run(chunks):
@@ -128,7 +130,9 @@ def test_a_block_left_unfinished_does_not_take_the_next_with_it():
 
 
 def test_a_block_of_another_front_is_refused():
-    (refusal,) = feed(Assembler(LAYOUT, [True, True, False]), chunk_messages([packed_block(2, 1)]))
+    (refusal,) = feed(
+        Assembler(LAYOUT, [True, True, False]), chunk_messages([packed_block(2, 1)], message=pb.Chunks)
+    )
     assert isinstance(refusal, Refusal)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from preconditioner_protos import pack, packed_length, unpack
+from preconditioner_protos import pack, packed_length, packing, unpack
 
 sides = st.integers(1, 20)
 dtypes = st.sampled_from([np.float32, np.float64])
@@ -26,6 +26,16 @@ def test_packing_is_lossless_to_the_bit(data, n, dtype, batch):
     # Bits, not values: signed zeros and NaN payloads survive too.
     assert again[..., rows, columns].tobytes() == full[..., rows, columns].tobytes()
     assert again.tobytes() == np.ascontiguousarray(np.swapaxes(again, -1, -2)).tobytes()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_large_sides_go_row_by_row_with_the_same_result(monkeypatch, batch):
+    full = np.random.default_rng(0).standard_normal((*batch, 9, 9))
+    packed = pack(full)
+    expected = unpack(packed, 9)
+    monkeypatch.setattr(packing, "_INDEXED_UP_TO", 4)
+    assert pack(full).tobytes() == packed.tobytes()
+    assert unpack(packed, 9).tobytes() == expected.tobytes()
 
 
 def test_the_order_is_row_by_row():

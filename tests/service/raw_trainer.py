@@ -128,7 +128,7 @@ class RawStream:
         self._may_read.set()
 
     def send(self, *blocks: PackedBlock) -> None:
-        for chunks in chunk_messages(blocks):
+        for chunks in chunk_messages(blocks, message=pb.Chunks):
             self.put(chunks=chunks)
 
     def snapshot(self, block: int, step: int, *matrices: np.ndarray) -> None:

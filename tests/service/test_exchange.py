@@ -59,10 +59,10 @@ def test_one_bad_matrix_is_a_nack_and_the_stream_lives_on(trainer, job):
     stream.snapshot(0, 1, nan)
     stream.snapshot(1, 1, infinite)
     stream.snapshot(2, 1, np.diag([1, 1, 1, 1, 1, 1, 1, -1]).astype(np.float32))
-    (corrupt,) = chunk_messages([PackedBlock(3, 1, (pack(good),))])
+    (corrupt,) = chunk_messages([PackedBlock(3, 1, (pack(good),))], message=pb.Chunks)
     corrupt.chunks[0].crc32 ^= 1
     stream.put(chunks=corrupt)
-    (beyond,) = chunk_messages([PackedBlock(0, 2, (pack(good),))])
+    (beyond,) = chunk_messages([PackedBlock(0, 2, (pack(good),))], message=pb.Chunks)
     beyond.chunks[0].block = 77
     stream.put(chunks=beyond)
     stream.snapshot(4, 1, good)
@@ -108,7 +108,7 @@ def test_steps_that_do_not_grow_are_outdated(trainer, job):
 def test_an_unfinished_block_is_malformed_and_the_next_one_whole(trainer, job):
     trainer.open(open_request(job, manifest((64,), (8,))))
     stream = trainer.attach()
-    (chunks,) = chunk_messages([PackedBlock(0, 1, (pack(statistics(64)),))])
+    (chunks,) = chunk_messages([PackedBlock(0, 1, (pack(statistics(64)),))], message=pb.Chunks)
     chunks.chunks[0].payload = chunks.chunks[0].payload[:100]
     stream.put(chunks=chunks)
     stream.snapshot(1, 1, statistics(8))

@@ -1,0 +1,63 @@
+"""A small model with gradients that are the same bits on every rank, for tests of several ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
+
+SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=5, max_staleness=20)
+EAGER = StalenessConfig(refresh_every=3, max_staleness=20)
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 8), nn.LayerNorm(8)
+    ).to(dtype)
+
+
+def make_optimizer(model, **settings):
+    defaults = {
+        "lr": 1e-2,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "blocking": BlockingConfig(block_size=8),
+        "staleness": SCHEDULED,
+        "service": LocalExchange(1),
+    }
+    return Shampoo(model.named_parameters(), **(defaults | settings))
+
+
+def gradient(shape, index, step):
+    """The gradient of a parameter at a step; the same on every rank and in every run."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    return torch.randn(shape, generator=generator)
+
+
+def set_gradients(model, step, without=()):
+    for index, parameter in enumerate(model.parameters()):
+        parameter.grad = (
+            None if index in without else gradient(parameter.shape, index, step).to(parameter.dtype)
+        )
+
+
+def train(model, optimizer, steps, without=()):
+    for step in steps:
+        set_gradients(model, step, without)
+        optimizer.step()
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_replicas_are_equal(model):
+    """Every rank has the same bits."""
+    flat = torch.cat([p.detach().to(torch.float32).reshape(-1) for p in model.parameters()])
+    gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, flat)
+    for rank, other in enumerate(gathered):
+        assert torch.equal(flat, other), f"rank {dist.get_rank()} differs from rank {rank}"
