@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.board import Session
 from preconditioner_service.costs import CostModel
 from preconditioner_service.logs import limited
 from preconditioner_service.pool import BatchLostError, Worker
 from preconditioner_service.scheduler import Batch, BatchLimits, Scheduler
+from preconditioner_service.sessions import Session
 from preconditioner_service.tasks import RootOutcome, RootTask
 
 LOSS_BUDGET = 3

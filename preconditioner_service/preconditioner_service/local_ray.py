@@ -47,13 +47,19 @@ def private_environment(environ: MutableMapping[str, str]) -> None:
 
 
 class RayDirectory:
-    """Ray's directory, and the reaper that sees to its end."""
+    """Ray's directory, and the reaper that sees to its end.
+
+    Attributes:
+        path: ours alone.
+        ray: below it, for Ray, which opens its own directory to every user of the machine.
+    """
 
     def __init__(self) -> None:
         base = Path(tempfile.gettempdir())
         if len(str(base)) > _LONGEST_BASE:
             base = Path("/tmp")
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        self.ray = self.path / "r"
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", reaper.__file__, str(self.path)],
             stdin=subprocess.PIPE,

@@ -217,7 +217,7 @@ class RayPool:
                 "num_gpus": 0,
                 "object_store_memory": settings.object_store_bytes,
                 "include_dashboard": False,
-                "_temp_dir": str(self._directory.path),
+                "_temp_dir": str(self._directory.ray),
             }
         else:
             _check_reachable(settings.ray_address)

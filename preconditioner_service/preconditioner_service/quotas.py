@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.board import MAX_DEPTH, budget_bytes
+from preconditioner_service.sessions import MAX_DEPTH, budget_bytes
 
 
 class QuotaError(Exception):

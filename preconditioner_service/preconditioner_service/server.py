@@ -20,11 +20,12 @@ from grpc_health.v1.health import aio as health_aio
 
 from preconditioner_protos import PROTOCOL_VERSION, ManifestError, check_open_request
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.board import Admission, AdmissionError, Board, Session
+from preconditioner_service.board import Admission, AdmissionError, Board
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.exchange import Context, EndOfStream, ExchangeStream
 from preconditioner_service.logs import event, limited
 from preconditioner_service.quotas import QuotaError, Quotas
+from preconditioner_service.sessions import Session
 
 SERVICE = "preconditioner_protos.v1.PreconditionerService"
 

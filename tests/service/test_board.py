@@ -10,7 +10,8 @@ from raw_trainer import manifest, open_request
 
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.board import Admission, AdmissionError, Board, budget_bytes
+from preconditioner_service.board import Admission, AdmissionError, Board
+from preconditioner_service.sessions import budget_bytes
 
 
 class Clock:

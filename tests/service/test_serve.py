@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import grpc
 import psutil
@@ -23,6 +24,14 @@ from preconditioner_protos.v1 import preconditioner_pb2 as pb
 def test_ready_line(service):
     assert service.line == {"event": "ready", "address": service.address, "pid": service.process.pid}
     assert service.address.startswith("127.0.0.1:")
+
+
+def test_rays_directory_is_closed_to_other_users(service):
+    raylet = next(process for process in service.family() if process.name() == "raylet")
+    option = next(part for part in raylet.cmdline() if part.startswith("--store_socket_name="))
+    directory = Path(option.partition("=")[2]).parents[3]
+    assert directory.name.startswith("preco-")
+    assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_taken_port_is_told_at_once(start):

@@ -12,10 +12,10 @@ from raw_trainer import manifest, wait_for
 
 from preconditioner_service import logs, reaper
 from preconditioner_service.auth import token_matches
-from preconditioner_service.board import MAX_DEPTH, budget_bytes
 from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.pool import deadline
 from preconditioner_service.quotas import QuotaError, Quotas
+from preconditioner_service.sessions import MAX_DEPTH, budget_bytes
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_sockets_of_ray_fit_below_the_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     directory = RayDirectory()
     try:
-        socket = directory.path / "session_2026-01-01_00-00-00_000000_1234567" / "sockets" / "plasma_store.1"
+        socket = directory.ray / "session_2026-01-01_00-00-00_000000_1234567" / "sockets" / "plasma_store.1"
         assert len(str(socket)) <= 107
     finally:
         directory.remove()

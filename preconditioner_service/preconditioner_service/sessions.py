@@ -1,0 +1,254 @@
+"""One rank of a job in one epoch: its blocks, their latest statistics and their latest preconditioners.
+
+Pure bookkeeping: no gRPC, no Ray, no clock. What a session holds is bounded by :func:`budget_bytes` of its
+manifest, because latest wins: of one block at most ``depth`` snapshots wait, one is computed, and ``depth``
+preconditioners are kept until their receipts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from preconditioner_protos import Layout, PackedBlock
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+
+MAX_DEPTH = 64
+"""Largest ``snapshots_in_flight`` that is granted."""
+
+
+class Stream(Protocol):
+    """What the board needs of the stream that is attached to a session. No call may block."""
+
+    def wake(self) -> None:
+        """There is something to push."""
+
+    def nack(self, nack: pb.Nack) -> None:
+        """Send this Nack."""
+
+    def end(self, why: str) -> None:
+        """End with ABORTED: another stream or a newer epoch took over."""
+
+    @property
+    def unanswered(self) -> int:
+        """Preconditioners sent and not receipted."""
+
+
+@dataclass(slots=True)
+class BlockState:
+    """One block of one session. Steps are those of the job's training loop."""
+
+    index: int
+    sides: tuple[int, ...]
+    root_orders: tuple[float, ...]
+    ridge: pb.Ridge
+    newest: int | None = None
+    """Step of the newest accepted snapshot."""
+    version: int | None = None
+    """Step of the newest published preconditioner."""
+    waiting: deque[PackedBlock] = field(default_factory=deque)
+    """Accepted snapshots, oldest first, of which none is computed yet."""
+    computing: PackedBlock | None = None
+    losses: int = 0
+    """Times in a row that a worker died on this block."""
+    unsent: deque[PackedBlock] = field(default_factory=deque)
+    unreceipted: OrderedDict[int, PackedBlock] = field(default_factory=OrderedDict)
+    """Sent ones by step, kept to be sent again if the stream breaks."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of one job, since its first session."""
+
+    snapshots_received: int = 0
+    preconditioners_published: int = 0
+    nacks: int = 0
+
+
+@dataclass(slots=True)
+class Job:
+    """A training job: the fence of its epoch, its sessions by rank, its counters."""
+
+    name: str
+    epoch: int
+    sessions: dict[int, Session] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+
+
+class Session:
+    """One rank of a job in one epoch. Made by :class:`Board` alone."""
+
+    def __init__(self, job: Job, request: pb.OpenSessionRequest, budget_bytes: int) -> None:
+        manifest = request.manifest
+        self.id = secrets.token_urlsafe(24)
+        self.job = job
+        self.rank: int = request.rank
+        self.epoch: int = request.epoch
+        self.world_size: int = request.world_size
+        self.client: str = request.client
+        self.max_staleness: int = request.max_staleness
+        self.manifest_bytes = manifest.SerializeToString(deterministic=True)
+        self.depth = depth_of(manifest)
+        self.budget_bytes = budget_bytes
+        self.statistics = Layout.of_statistics(manifest)
+        self.preconditioners = Layout.of_preconditioners(manifest)
+        self.blocks = [
+            BlockState(
+                index,
+                tuple(side.length for side in block.sides),
+                tuple(side.root_order for side in block.sides),
+                block.ridge,
+            )
+            for index, block in enumerate(manifest.blocks)
+        ]
+        self.dirty: OrderedDict[int, None] = OrderedDict()
+        """Blocks with something to push, in the order in which they became so."""
+        self.newest_step = 0
+        self.stream: Stream | None = None
+        self.closed = False
+        self.expires_at = 0.0
+
+    def __str__(self) -> str:
+        return f"job={self.job.name} rank={self.rank} epoch={self.epoch}"
+
+    # Snapshots, on their way to the workers.
+
+    def accept(self, snapshot: PackedBlock) -> bool:
+        """Take a whole snapshot; of one block at most ``depth`` wait, the oldest are dropped.
+
+        Returns:
+            False if it is not newer than the newest accepted one of its block: the answer is OUTDATED.
+        """
+        block = self.blocks[snapshot.block]
+        if block.newest is not None and snapshot.step <= block.newest:
+            return False
+        block.newest = snapshot.step
+        self.newest_step = max(self.newest_step, snapshot.step)
+        block.waiting.append(snapshot)
+        while len(block.waiting) > self.depth:
+            block.waiting.popleft()
+        self.job.counters.snapshots_received += 1
+        return True
+
+    def begin(self, index: int) -> PackedBlock | None:
+        """The block's next snapshot, now being computed; ``None`` if none waits or one is under way."""
+        if self.closed:
+            return None
+        block = self.blocks[index]
+        if block.computing is not None or not block.waiting:
+            return None
+        block.computing = block.waiting.popleft()
+        return block.computing
+
+    def requeue(self, index: int) -> None:
+        """The worker was lost: the snapshot waits again, unless newer ones fill its place."""
+        if self.closed:
+            return
+        block = self.blocks[index]
+        if block.computing is not None and len(block.waiting) < self.depth:
+            block.waiting.appendleft(block.computing)
+        block.computing = None
+
+    def fail(self, index: int, step: int, reason: pb.NackReason, detail: str) -> None:
+        """No preconditioner will come from this snapshot; the last good one stays."""
+        if self.closed:
+            return
+        block = self.blocks[index]
+        block.computing = None
+        block.losses = 0
+        self.job.counters.nacks += 1
+        if self.stream is not None:
+            self.stream.nack(pb.Nack(block=index, step=step, reason=reason, detail=detail))
+
+    # Preconditioners, on their way to the trainer.
+
+    def publish(self, preconditioner: PackedBlock) -> None:
+        """The computed block's result: kept until its receipt, or until newer ones take its place."""
+        if self.closed:
+            return
+        block = self.blocks[preconditioner.block]
+        block.computing = None
+        block.losses = 0
+        block.version = preconditioner.step
+        block.unsent.append(preconditioner)
+        self.job.counters.preconditioners_published += 1
+        while len(block.unsent) > self.depth:
+            block.unsent.popleft()
+        while block.unreceipted and len(block.unsent) + len(block.unreceipted) > self.depth:
+            block.unreceipted.popitem(last=False)
+        self.dirty[block.index] = None
+        if self.stream is not None:
+            self.stream.wake()
+
+    def next_unsent(self) -> PackedBlock | None:
+        """The preconditioner to push next, without taking it."""
+        for index in self.dirty:
+            return self.blocks[index].unsent[0]
+        return None
+
+    def take_unsent(self) -> PackedBlock:
+        """Take what :meth:`next_unsent` shows; it is kept until its receipt."""
+        index = next(iter(self.dirty))
+        block = self.blocks[index]
+        preconditioner = block.unsent.popleft()
+        block.unreceipted[preconditioner.step] = preconditioner
+        del self.dirty[index]
+        if block.unsent:
+            self.dirty[index] = None  # behind the others, so that no block keeps them waiting
+        return preconditioner
+
+    def receipt(self, index: int, step: int) -> None:
+        """The trainer has it; unknown ones are ignored (they were replaced meanwhile)."""
+        if index < len(self.blocks):
+            self.blocks[index].unreceipted.pop(step, None)
+
+    def detach(self) -> None:
+        """The stream is gone: what has no receipt is unsent again, in the order of its steps."""
+        self.stream = None
+        for block in self.blocks:
+            if block.unreceipted:
+                block.unsent.extendleft(reversed(block.unreceipted.values()))
+                block.unreceipted.clear()
+                while len(block.unsent) > self.depth:
+                    block.unsent.popleft()
+                self.dirty[block.index] = None
+
+    @property
+    def pending(self) -> int:
+        """Blocks with a waiting snapshot."""
+        return sum(1 for block in self.blocks if block.waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks that are being computed."""
+        return sum(1 for block in self.blocks if block.computing is not None)
+
+    @property
+    def settled(self) -> bool:
+        """All that was acknowledged is computed, pushed and receipted."""
+        if self.dirty or any(block.waiting or block.computing is not None for block in self.blocks):
+            return False
+        return self.stream is None or self.stream.unanswered == 0
+
+    def held_bytes(self) -> int:
+        """Packed bytes held for this session now."""
+        return sum(
+            sum(item.nbytes for item in (*block.waiting, *block.unsent, *block.unreceipted.values()))
+            + (block.computing.nbytes if block.computing is not None else 0)
+            for block in self.blocks
+        )
+
+
+def depth_of(manifest: pb.Manifest) -> int:
+    """Snapshots of one block that are kept uncomputed."""
+    return max(1, manifest.snapshots_in_flight)
+
+
+def budget_bytes(manifest: pb.Manifest) -> int:
+    """The most packed bytes that a session with this manifest can make the board hold."""
+    depth = depth_of(manifest)
+    statistics = Layout.of_statistics(manifest).total_bytes()
+    preconditioners = Layout.of_preconditioners(manifest).total_bytes()
+    return (depth + 1) * statistics + depth * preconditioners
