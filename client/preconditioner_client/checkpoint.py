@@ -26,8 +26,8 @@ settings alone, as ``torch.distributed.checkpoint`` needs it.
 
 Per group: the scalar settings, and ``preconditioner_format``, ``preconditioner_step``,
 ``preconditioner_epoch`` and ``preconditioner_shards`` (over how many ranks a parameter's rows were divided).
-The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) are the program's and are not
-saved.
+The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) stand there as text, for people:
+those of the program that loads hold.
 
 Every rank has the keys of the blocks that it owns; elementwise tensors are placed as their parameters are.
 """
@@ -37,13 +37,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from preconditioner_client.config import Adoption
+from preconditioner_client.config import Adoption, StalenessConfig
 from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Snapshot
@@ -91,21 +91,48 @@ def _block_states(
 ) -> dict[str, Any]:
     states: dict[str, Any] = {}
     for held in plan.rows[index]:
-        refresher, stack = engine.refresher, held.entry.stack
-        version = int(refresher.versions[held.block])
-        prefix = f"block.{held.key}"
-        states |= {
-            f"{prefix}.updates": stack.updates[held.row],
-            f"{prefix}.version": version,
-            f"{prefix}.first_adopted": int(refresher.first_adopted[held.block]),
-            f"{prefix}.last_snapshot": refresher.last_snapshot(held.block),
-        }
-        for side, statistics in enumerate(stack.statistics):
-            states[f"{prefix}.statistics.{side}"] = taken(statistics[held.row])
-            states[f"{prefix}.preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
-        if refresher.config.adoption is Adoption.SCHEDULED:
-            states.update({f"{prefix}.in_flight.{key}": value for key, value in _in_flight(engine, held)})
+        of_block = block_state(engine, held, taken)
+        states.update({f"block.{held.key}.{suffix}": value for suffix, value in of_block.items()})
     return states
+
+
+def block_state(
+    engine: Engine, held: PlannedRow, taken: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> dict[str, Any]:
+    """State of one block of this rank, by what follows ``block.B.`` in the keys.
+
+    Args:
+        engine: that keeps it.
+        held: the block.
+        taken: makes what is given away of statistics and preconditioners.
+    """
+    refresher, stack = engine.refresher, held.entry.stack
+    state: dict[str, Any] = {
+        "updates": stack.updates[held.row],
+        "version": int(refresher.versions[held.block]),
+        "first_adopted": int(refresher.first_adopted[held.block]),
+        "last_snapshot": refresher.last_snapshot(held.block),
+    }
+    for side, statistics in enumerate(stack.statistics):
+        state[f"statistics.{side}"] = taken(statistics[held.row])
+        state[f"preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
+    if refresher.config.adoption is Adoption.SCHEDULED:
+        state.update({f"in_flight.{key}": value for key, value in _in_flight(engine, held)})
+    return state
+
+
+def blank_block_state(sides: Sequence[int], config: StalenessConfig) -> dict[str, Any]:
+    """The keys of :func:`block_state` for a block with these sides, with tensors of the right shapes."""
+    state: dict[str, Any] = dict.fromkeys(("updates", "version", "first_adopted", "last_snapshot"), 0)
+    for side, n in enumerate(sides):
+        state[f"statistics.{side}"] = torch.empty(n, n)
+        state[f"preconditioner.{side}"] = torch.empty(n, n)
+    if config.adoption is Adoption.SCHEDULED:
+        places = config.snapshots_in_flight
+        state["in_flight.steps"] = torch.empty(places, dtype=torch.int64)
+        for side, n in enumerate(sides):
+            state[f"in_flight.{side}"] = torch.empty(places, n * (n + 1) // 2)
+    return state
 
 
 def _in_flight(engine: Engine, held: PlannedRow) -> list[tuple[str, torch.Tensor]]:
@@ -129,7 +156,10 @@ def _in_flight(engine: Engine, held: PlannedRow) -> list[tuple[str, torch.Tensor
 
 def exported(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict that later steps do not change where it holds blocks, and without what needs pickle."""
-    groups = [{k: v for k, v in group.items() if k not in _SETTINGS} for group in state_dict["param_groups"]]
+    groups = [
+        {key: repr(value) if key in _SETTINGS else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
     states = {
         index: {
             key: value.clone() if key.startswith("block.") and torch.is_tensor(value) else value

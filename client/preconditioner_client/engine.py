@@ -39,6 +39,7 @@ class Engine:
 
     Attributes:
         plans: of the groups, in order.
+        parameters: of all groups.
         ranks: how the parameters lie over ranks, once there is a group.
         refresher: freshness of every block of this rank.
         step: number of the latest step, 0 before the first.
@@ -62,8 +63,10 @@ class Engine:
         self._exchange = self._raw_exchange
         self._entries: list[StackPlan] = []
         self._session_due = False
+        self._session_opened = False
         self._loads = Loads()
-        self._described: list[Described] = []
+        self.parameters: list[torch.Tensor] = []
+        self._texts: list[str] = []
         self._shared: SharedUpdates | None = None
 
     def add_group(
@@ -78,7 +81,7 @@ class Engine:
                 groups do; names the first.
         """
         ranks = Ranks.of(self._distributed, parameters, names) if parameters else self.ranks
-        if self._described and ranks != self.ranks:
+        if self.parameters and ranks != self.ranks:
             raise ValueError(
                 f"{names[0]} lies on other ranks than the groups before: give it to an optimizer of its own"
             )
@@ -89,8 +92,8 @@ class Engine:
             self._entries.extend([entry] * len(entry.stack))
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
         for parameter, name in zip(parameters, names, strict=True):
-            text = f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}"
-            self._described.append(Described(text, parameter))
+            self.parameters.append(parameter)
+            self._texts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}")
         self._shared = None
         self._session_due |= bool(plan.blocks)
 
@@ -173,7 +176,7 @@ class Engine:
         """
         if self.ranks.replicas > 1:
             if self._shared is None:
-                self._shared = SharedUpdates(self.plans, self.ranks, local(self._described[0].held).device)
+                self._shared = SharedUpdates(self.plans, self.ranks, local(self.parameters[0]).device)
             self._shared.share(updates)
 
     def metrics(self) -> dict[str, Any]:
@@ -199,7 +202,13 @@ class Engine:
         self._exchange.close()
 
     def _open_session(self) -> None:
-        described = [Described(p.text, local(p.held)) for p in self._described]
+        # The protocol fixes the manifest for an epoch, so added blocks need another one.
+        self.epoch += self._session_opened
+        self._session_opened = True
+        described = [
+            Described(text, local(parameter))
+            for text, parameter in zip(self._texts, self.parameters, strict=True)
+        ]
         self.epoch, self._job = agree(
             self.ranks, self.epoch, self._job, self.step, str(self.refresher.config), described
         )

@@ -12,13 +12,14 @@ For each block of a parameter with gradient G (arXiv 1802.09568, arXiv 2002.0901
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast, overload
 
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint
+from preconditioner_client import checkpoint, consolidation
 from preconditioner_client.config import (
     BlockingConfig,
     GraftingConfig,
@@ -39,6 +40,8 @@ from preconditioner_client.grafting import (
 from preconditioner_client.plan import GroupPlan, GroupSettings
 from preconditioner_client.refresh import Mask
 from preconditioner_client.service_config import ServiceConfig
+
+logger = logging.getLogger("preconditioner_client")
 
 Tensors = list[torch.Tensor]
 MaybeTensors = list[torch.Tensor | None]
@@ -105,6 +108,8 @@ class Shampoo(Optimizer):
         distributed: str | DistributedConfig = AUTO,
     ) -> None:
         self._engine: Engine | None = None
+        self._consolidated: dict[str, Any] | None = None
+        self._warned = False
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -155,6 +160,7 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._planned()
+        self._consolidated = None
         gradients = [
             working_gradients(group, plan.names)
             for group, plan in zip(self.param_groups, engine.plans, strict=True)
@@ -195,9 +201,40 @@ class Shampoo(Optimizer):
             self._engine.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`."""
-        checkpoint.write(self, self._planned())
+        """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`.
+
+        Not collective: among several ranks it holds the blocks of this rank, as
+        ``torch.distributed.checkpoint`` wants it. After :meth:`consolidate_state_dict`, and until the next
+        step, it is the whole state on the rank that was named.
+        """
+        if self._consolidated is not None:
+            return self._consolidated
+        engine = self._planned()
+        if engine.ranks.replicas > 1 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "state_dict() of rank %d of %d holds the blocks of that rank alone: to save the state in one "
+                "file, call consolidate_state_dict() on all ranks before it. torch.distributed.checkpoint "
+                "saves the parts of all ranks by itself",
+                engine.ranks.rank,
+                engine.ranks.world_size,
+            )
+        checkpoint.write(self, engine)
         return checkpoint.exported(super().state_dict())
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Collect the state of all ranks, so that :meth:`state_dict` of one of them is complete.
+
+        Collective: all ranks call it after the same step. Such a checkpoint loads on any number of ranks,
+        replicas or shards. Tensors from other ranks come to the host, block by block. It is called like that
+        of ``ZeroRedundancyOptimizer``.
+
+        Args:
+            to: global rank that gets it.
+        """
+        engine = self._planned()
+        checkpoint.write(self, engine)
+        self._consolidated = consolidation.collect(engine, checkpoint.exported(super().state_dict()), to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
@@ -207,6 +244,7 @@ class Shampoo(Optimizer):
         """
         engine = self._planned()
         checkpoint.check(self, engine, state_dict)
+        self._consolidated = None
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
         checkpoint.read(self, engine, state_dict)
 

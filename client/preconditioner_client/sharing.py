@@ -93,7 +93,9 @@ class SharedUpdates:
                 [self._outgoing[slot.start : slot.stop].view(slot.member.place.shape) for slot, _ in own],
                 [view for _, view in own],
             )
-        dist.all_gather_into_tensor(self._received.view(-1), self._sent, group=self._ranks.replica_group)
+        # The older name is deprecated from torch 2.13 on.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(self._received.view(-1), self._sent, group=self._ranks.replica_group)
         self._check()
         if present:
             torch._foreach_copy_(

@@ -61,3 +61,10 @@ def assert_replicas_are_equal(model):
     dist.all_gather(gathered, flat)
     for rank, other in enumerate(gathered):
         assert torch.equal(flat, other), f"rank {dist.get_rank()} differs from rank {rank}"
+
+
+def on_all_ranks(value):
+    """What every rank has to say, by rank."""
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told

@@ -1,0 +1,102 @@
+"""The state of all ranks on one of them.
+
+Blocks travel one by one, straight from their owners, so no rank ever holds more than it keeps, and one block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from preconditioner_client import checkpoint
+from preconditioner_client.distribution import is_dtensor, local
+from preconditioner_client.engine import Engine
+from preconditioner_client.plan import PlannedRow
+
+
+def collect(engine: Engine, state_dict: dict[str, Any], to: int) -> dict[str, Any] | None:
+    """Complete a rank's state dict with the other ranks' parts.
+
+    Collective over all ranks that train these parameters.
+
+    Args:
+        engine: of the optimizer.
+        state_dict: of this rank; its states are in the order of the parameters.
+        to: global rank that gets the whole.
+
+    Returns:
+        The whole on rank ``to``, where sharded tensors are plain ones on the host; None elsewhere.
+
+    Raises:
+        ValueError: no rank of that number trains these parameters.
+    """
+    ranks = engine.ranks
+    if not ranks.groups:
+        return state_dict
+    if not any(to in row for row in ranks.grid):
+        raise ValueError(f"rank {to} is none of those that train these parameters: {ranks.grid}")
+    receives = dist.get_rank() == to
+    states: dict[Any, dict[str, Any]] = {}
+    for index, state in state_dict["state"].items():
+        states[index] = {key: _whole(value, receives) for key, value in state.items()}
+    for saved, parameters_states in zip(state_dict["param_groups"], _blocks(engine, to), strict=True):
+        for index, blocks in zip(saved["params"], parameters_states, strict=True):
+            if blocks:
+                states.setdefault(index, {}).update(blocks)
+    return {**state_dict, "state": states} if receives else None
+
+
+def _whole(value: Any, receives: bool) -> Any:
+    if not is_dtensor(value):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if receives else None
+
+
+def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
+    """Per group, per parameter the ``block.*`` keys that other ranks own; empty but on ``to``."""
+    ranks = engine.ranks
+    me = dist.get_rank()
+    device = local(engine.parameters[0]).device
+    result: list[list[dict[str, Any]]] = []
+    for plan in engine.plans:
+        held = {(i, row.key): row for i, rows in enumerate(plan.rows) for row in rows}
+        of_group: list[dict[str, Any]] = [{} for _ in plan.names]
+        for block in plan.blocks:
+            owner = ranks.grid[block.replica][block.shard]
+            if owner == to or me not in (owner, to):
+                continue
+            if me == owner:
+                _send(engine, held[block.member.parameter, block.key], to, device)
+            else:
+                state = checkpoint.blank_block_state(block.sides, engine.refresher.config)
+                _receive(state, owner, device)
+                of_group[block.member.parameter].update(
+                    {f"block.{block.key}.{k}": v for k, v in state.items()}
+                )
+        result.append(of_group)
+    return result
+
+
+def _send(engine: Engine, held: PlannedRow, to: int, device: torch.device) -> None:
+    state = checkpoint.block_state(engine, held)
+    numbers = [value for value in state.values() if not torch.is_tensor(value)]
+    dist.send(torch.tensor(numbers, device=device), to)
+    for value in state.values():
+        if torch.is_tensor(value):
+            dist.send(value.to(device).contiguous(), to)
+
+
+def _receive(state: dict[str, Any], owner: int, device: torch.device) -> None:
+    """Fill the state of a block, in the order in which :func:`_send` takes it."""
+    names = [key for key, value in state.items() if not torch.is_tensor(value)]
+    numbers = torch.empty(len(names), dtype=torch.int64, device=device)
+    dist.recv(numbers, owner)
+    state.update(zip(names, numbers.tolist(), strict=True))
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            received = torch.empty_like(value, device=device)
+            dist.recv(received, owner)
+            state[key] = received.cpu()

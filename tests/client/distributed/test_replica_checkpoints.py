@@ -1,0 +1,59 @@
+"""Checkpoints of replicas: by rank, in one file, with torch.distributed.checkpoint, on other numbers of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from distributed_checkpoints import SCENARIOS, assert_continues_as_uninterrupted, resume
+from distributed_ranks import run_ranks
+from distributed_training import make_model, make_optimizer
+
+MODULE = "distributed_checkpoints"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return run_ranks(MODULE, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    """Four ranks that go on with what two have left."""
+    return run_ranks(MODULE, 4, folder, "all_ranks_resume_from_one_file", "load_with_torch")
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_ranks(two, scenario):
+    two.require(scenario)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("scenario", ["all_ranks_resume_from_one_file", "load_with_torch"])
+def test_four_ranks_resume_from_two(four, scenario):
+    four.require(scenario)
+
+
+def test_one_process_resumes_from_the_file_of_two_ranks(two, folder):
+    two.require("a_consolidated_state_is_that_of_one_process")
+    assert_continues_as_uninterrupted(*resume(torch.load(folder / "whole.pt", weights_only=True)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_resumes_from_what_two_ranks_saved_with_torch(two, folder):
+    two.require("save_with_torch")
+    model = make_model()
+    optimizer = make_optimizer(model)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "nested", no_dist=True)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert_continues_as_uninterrupted(model, optimizer)

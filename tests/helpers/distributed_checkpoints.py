@@ -1,0 +1,177 @@
+"""Scenarios of checkpoints of replicas. What they leave in the folder is read by other numbers of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from distributed_training import make_model, make_optimizer, train, weights
+from preconditioner_client import LocalExchange
+from scripted_exchange import ScriptedExchange
+
+STOP, END = 10, 24
+
+
+def trained(steps, **settings):
+    model = make_model()
+    optimizer = make_optimizer(model, **settings)
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def assert_continues_as_uninterrupted(model, optimizer):
+    """Train on to the end; the bits are those of a run that was never stopped."""
+    assert optimizer.metrics()["step"] == STOP
+    train(model, optimizer, range(STOP, END))
+    whole, _ = trained(END, distributed="off")
+    for (name, a), b in zip(model.named_parameters(), weights(whole), strict=True):
+        assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
+    assert optimizer.metrics()["waits"] == 0
+
+
+def resume(state):
+    """A new model and optimizer, continued from a file's content."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer
+
+
+def flat(state):
+    """Tensors and numbers of an optimizer's state dict, by parameter and key; not the epoch."""
+    return {
+        (index, key): value
+        for index, of_parameter in state["state"].items()
+        for key, value in of_parameter.items()
+    }
+
+
+def every_rank_resumes_from_its_own_part(folder):
+    model, optimizer = trained(STOP)
+    path = folder / f"part-{dist.get_rank()}.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    assert_continues_as_uninterrupted(*resume(torch.load(path, weights_only=True)))
+
+
+def a_consolidated_state_is_that_of_one_process(folder):
+    model, optimizer = trained(STOP)
+    last = dist.get_world_size() - 1
+    optimizer.consolidate_state_dict(to=last)
+    if dist.get_rank() == last:
+        whole = optimizer.state_dict()
+        torch.save({"model": model.state_dict(), "optimizer": whole}, folder / "whole.pt")
+        _, single = trained(STOP, distributed="off")
+        ours, theirs = flat(whole), flat(single.state_dict())
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if key[1].endswith("last_snapshot") or not torch.is_tensor(value):
+                assert value == theirs[key], key
+            else:
+                assert torch.equal(value, theirs[key]), key
+    train(model, optimizer, [STOP])
+    assert len(flat(optimizer.state_dict())) < len(flat(trained(STOP, distributed="off")[1].state_dict()))
+
+
+def all_ranks_resume_from_one_file(folder):
+    dist.barrier()
+    assert_continues_as_uninterrupted(*resume(torch.load(folder / "whole.pt", weights_only=True)))
+
+
+def ranks_resume_from_a_single_process(folder):
+    model, optimizer = trained(STOP, distributed="off")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    assert_continues_as_uninterrupted(*resume(state))
+
+
+def the_part_of_another_rank_is_refused_by_name(folder):
+    _, optimizer = trained(STOP)
+    torch.save(optimizer.state_dict(), folder / f"{dist.get_rank()}.pt")
+    dist.barrier()
+    other = torch.load(folder / f"{(dist.get_rank() + 1) % dist.get_world_size()}.pt", weights_only=True)
+    for distributed in ("auto", "off"):
+        fresh = make_optimizer(make_model(), distributed=distributed)
+        with pytest.raises(
+            ValueError, match=r"\.weight: the checkpoint lacks the block .*consolidate_state_dict"
+        ):
+            fresh.load_state_dict(other)
+
+
+def a_rank_that_does_not_take_part_cannot_get_the_whole(folder):
+    _, optimizer = trained(2)
+    with pytest.raises(ValueError, match="rank 99 is none of those"):
+        optimizer.consolidate_state_dict(to=99)
+
+
+def save_with_torch(folder):
+    model, optimizer = trained(STOP)
+    for name, options in OPTIONS.items():
+        state = {
+            "model": model.state_dict(),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
+        dcp.save(state, checkpoint_id=folder / name)
+
+
+OPTIONS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
+
+
+def load_with_torch(folder):
+    for name, options in OPTIONS.items():
+        model = make_model()
+        exchange = LocalExchange(1)
+        optimizer = make_optimizer(model, service=exchange)
+        before = weights(model)
+        state = {
+            "model": model.state_dict(),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
+        # torch made the state by a step with zero gradients: it must have left no other trace.
+        assert optimizer.metrics()["step"] == 0
+        assert exchange.counters()["connections"] == 0
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+        dcp.load(state, checkpoint_id=folder / name)
+        model.load_state_dict(state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        assert_continues_as_uninterrupted(model, optimizer)
+
+
+def training_after_an_initialisation_by_torch_is_as_without_it(folder):
+    model = make_model()
+    optimizer = make_optimizer(model, dampening=0.5)
+    get_optimizer_state_dict(model, optimizer)
+    train(model, optimizer, range(12))
+    other, _ = trained(12, dampening=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
+
+
+def a_first_step_with_a_learning_rate_of_zero_counts(folder):
+    exchange = ScriptedExchange()
+    model = make_model()
+    optimizer = make_optimizer(model, service=exchange)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(1))
+    assert optimizer.metrics()["step"] == 1
+    assert exchange.session is not None
+
+
+SCENARIOS = [
+    every_rank_resumes_from_its_own_part,
+    a_consolidated_state_is_that_of_one_process,
+    all_ranks_resume_from_one_file,
+    ranks_resume_from_a_single_process,
+    the_part_of_another_rank_is_refused_by_name,
+    a_rank_that_does_not_take_part_cannot_get_the_whole,
+    save_with_torch,
+    load_with_torch,
+    training_after_an_initialisation_by_torch_is_as_without_it,
+    a_first_step_with_a_learning_rate_of_zero_counts,
+]

@@ -1,0 +1,340 @@
+"""Scenarios of plain parameters that all ranks hold, as under DistributedDataParallel."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed_training import (
+    EAGER,
+    SCHEDULED,
+    assert_replicas_are_equal,
+    make_model,
+    make_optimizer,
+    on_all_ranks,
+    set_gradients,
+    train,
+    weights,
+)
+from preconditioner_client import (
+    BlockingConfig,
+    DistributedConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StalenessConfig,
+    attach,
+)
+from scripted_exchange import ScriptedExchange
+
+
+def assert_same(model, other):
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
+
+
+def pair(**settings):
+    """The same training once over all ranks, once on every rank by itself."""
+    model, alone = make_model(), make_model()
+    return (model, make_optimizer(model, **settings)), (
+        alone,
+        make_optimizer(alone, distributed="off", **(settings | {"service": LocalExchange(1)})),
+    )
+
+
+def several_ranks_give_the_bits_of_one(folder):
+    (model, optimizer), (alone, single) = pair()
+    for step in range(20):
+        # Parameter 2 has no gradient in some steps; before step 4 nobody looked at parameter 4.
+        without = {2} if step % 3 == 1 else {4} if step < 4 else set()
+        train(model, optimizer, [step], without)
+        train(alone, single, [step], without)
+        assert_replicas_are_equal(model)
+        assert_same(model, alone)
+    assert single.metrics()["versions_adopted"] > 0
+
+
+def several_ranks_give_the_bits_of_one_in_every_setting(folder):
+    for settings in (
+        {"staleness": EAGER, "grafting": GraftingConfig(method="lamb"), "momentum": 0.0},
+        {"grafting": GraftingConfig(method="sgd", blend_steps=4), "nesterov": True, "beta1": 0.0},
+        {"blocking": BlockingConfig(block_size=16, max_side=19), "decoupled_weight_decay": False},
+    ):
+        (model, optimizer), (alone, single) = pair(**settings)
+        train(model, optimizer, range(12))
+        train(alone, single, range(12))
+        assert_same(model, alone)
+
+
+def groups_that_are_added_later_have_owners_too(folder):
+    models = make_model(), make_model()
+    optimizers = [
+        Shampoo(
+            [{"params": list(m[0].parameters())}, {"params": [m[2].weight], "lr": 0.1, "beta1": 0.0}],
+            blocking=BlockingConfig(block_size=8),
+            staleness=SCHEDULED,
+            service=LocalExchange(),
+            distributed=distributed,
+        )
+        for m, distributed in zip(models, ("auto", "off"), strict=True)
+    ]
+    for step in range(16):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if step == 7:
+                optimizer.add_param_group({"params": [model[4].weight]})
+            train(model, optimizer, [step])
+        assert_same(*models)
+        assert_replicas_are_equal(models[0])
+
+
+def half_precision_parameters(folder):
+    model, alone = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    train(model, make_optimizer(model), range(12))
+    train(alone, make_optimizer(alone, distributed="off"), range(12))
+    assert_same(model, alone)
+
+
+def bfloat16_communication_rounds_on_all_ranks_alike(folder):
+    config = DistributedConfig(communication_dtype=torch.bfloat16)
+    model, exact = make_model(), make_model()
+    optimizer = make_optimizer(model, distributed=config)
+    reference = make_optimizer(exact)
+    for step in range(12):
+        train(model, optimizer, [step])
+        train(exact, reference, [step])
+        assert_replicas_are_equal(model)
+    assert not torch.equal(model[0].weight, exact[0].weight)
+    torch.testing.assert_close(model[0].weight, exact[0].weight, rtol=0, atol=12 * 1e-2 * 2**-6)
+
+
+def every_block_has_one_owner_and_the_work_is_balanced(folder):
+    exchange = ScriptedExchange()
+    job = f"job-{dist.get_rank()}"
+    model = make_model()
+    optimizer = make_optimizer(model, service=exchange, job=job)
+    train(model, optimizer, range(2))
+    session = exchange.session
+    owned = {b.name: sum(n * n for n in b.sides) for b in session.blocks}
+    told = on_all_ranks((owned, session.rank, session.world_size, session.epoch, session.job))
+    alone = make_model()
+    everything = ScriptedExchange()
+    train(alone, make_optimizer(alone, service=everything, distributed="off"), range(1))
+    names = [name for owned, *_ in told for name in owned]
+    assert sorted(names) == sorted(b.name for b in everything.session.blocks)
+    assert [rank for _, rank, *_ in told] == list(range(dist.get_world_size()))
+    assert {tuple(rest) for _, _, *rest in told} == {(dist.get_world_size(), session.epoch, "job-0")}
+    work = [sum(owned.values()) for owned, *_ in told]
+    assert max(work) <= 1.5 * min(work)
+    assert optimizer.metrics()["blocks"] == len(owned)
+    # A new life of the session has a new epoch, again the same on all ranks.
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(2, 3))
+    epochs = on_all_ranks(exchange.session.epoch)
+    assert len(set(epochs)) == 1
+    assert epochs[0] > session.epoch
+
+
+class Faulty(LocalExchange):
+    """Loses, delays or repeats what it brings, as scripted for a rank; sometimes connects anew."""
+
+    def __init__(self, rank):
+        super().__init__(delay=1)
+        self._rank = rank
+        self._held = []
+        self._last = []
+
+    def collect(self, step):
+        arrived = super().collect(step)
+        if self._rank == 0:
+            return arrived
+        if step % 7 == 3:
+            arrived = []
+        if step % 5 == 2:
+            self._held += arrived
+            arrived = []
+        if step % 4 == 0:
+            arrived = self._held + arrived + self._last
+            self._held = []
+        if step == 11:
+            self._counters["connections"] += 1
+        self._last = arrived or self._last
+        return arrived
+
+
+def replicas_stay_bit_identical_whatever_arrives_when(folder):
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    for staleness in (
+        StalenessConfig(refresh_every=2, max_staleness=3, policy="graft"),
+        StalenessConfig(refresh_every=2, max_staleness=4, policy="wait", stale_timeout=0.01),
+        StalenessConfig(refresh_every=2, max_staleness=4, policy="keep"),
+    ):
+        model, undisturbed = make_model(), make_model()
+        optimizer = make_optimizer(model, staleness=staleness, service=Faulty(rank))
+        reference = make_optimizer(undisturbed, staleness=staleness)
+        for step in range(30):
+            train(model, optimizer, [step])
+            train(undisturbed, reference, [step])
+            assert_replicas_are_equal(model)
+        assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
+        stale = on_all_ranks(optimizer.metrics()["age_max"])
+        assert stale[last] > stale[0]
+
+
+def an_exchange_that_never_answers_at_one_rank(folder):
+    exchange = ScriptedExchange() if dist.get_rank() == 1 else LocalExchange()
+    model = make_model()
+    optimizer = make_optimizer(model, staleness=EAGER, service=exchange)
+    for step in range(12):
+        train(model, optimizer, [step])
+        assert_replicas_are_equal(model)
+    with_version = on_all_ranks(optimizer.metrics()["blocks_with_version"])
+    assert with_version[1] == 0
+    assert with_version[0] > 0
+
+
+def under_distributed_data_parallel(folder):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    net[2].register_parameter("unused", nn.Parameter(torch.ones(4, 4)))
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = Shampoo(
+        model.named_parameters(), lr=1e-2, blocking=BlockingConfig(block_size=8), service=LocalExchange(1)
+    )
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    losses = []
+    for _ in range(40):
+        x = torch.randn(16, 12, generator=generator)
+        loss = model(x).sub(x[:, :4]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert_replicas_are_equal(net)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def an_attached_preconditioner_shares_its_blocks(folder):
+    models = make_model(), make_model()
+    optimizers = []
+    for model, distributed in zip(models, ("auto", "off"), strict=True):
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=1e-2))
+        attach(
+            optimizers[-1],
+            model,
+            blocking=BlockingConfig(block_size=8),
+            staleness=EAGER,
+            service=LocalExchange(),
+            distributed=distributed,
+        )
+    for step in range(10):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, [step])
+        assert_replicas_are_equal(models[0])
+        assert_same(*models)
+
+
+def a_gradient_that_is_not_finite_is_refused_by_all(folder):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(3))
+    before = weights(model)
+    set_gradients(model, 3)
+    model[2].weight.grad[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"gradient of 2\.weight holds 1 NaN"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    train(model, optimizer, range(3, 6))
+    assert_replicas_are_equal(model)
+
+
+def different_models_are_refused_by_name_on_all_ranks(folder):
+    torch.manual_seed(0)
+    size = 8 if dist.get_rank() else 9
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, size))
+    optimizer = make_optimizer(model)
+    with pytest.raises(ValueError, match=r"1\.weight is not the same parameter on all ranks: rank 0: .*9, 6"):
+        train(model, optimizer, range(1))
+
+
+def different_numbers_of_parameters_are_refused(folder):
+    model = nn.Sequential(*(nn.Linear(4, 6, bias=False) for _ in range(2 + dist.get_rank())))
+    with pytest.raises(
+        ValueError, match=r"do not train the same: rank 0: at step 0, 2 parameters.*rank 1: .* 3"
+    ):
+        train(model, make_optimizer(model), range(1))
+
+
+def different_settings_are_refused_by_name(folder):
+    model = make_model()
+    optimizer = make_optimizer(model, blocking=BlockingConfig(block_size=8 + dist.get_rank()))
+    with pytest.raises(ValueError, match=r"0\.weight is not the same parameter on all ranks"):
+        train(model, optimizer, range(1))
+    optimizer = make_optimizer(model, staleness=StalenessConfig(max_staleness=20 + dist.get_rank()))
+    with pytest.raises(ValueError, match="the ranks do not train the same"):
+        train(model, optimizer, range(1))
+
+
+def models_of_their_own_are_refused_unless_distributed_is_off(folder):
+    model = make_model()
+    with torch.no_grad():
+        model[2].weight[0, 0] += dist.get_rank()
+    with pytest.raises(ValueError, match=r"2\.weight does not have the same weights.*distributed=\"off\""):
+        train(model, make_optimizer(model), range(1))
+    optimizer = make_optimizer(model, distributed="off")
+    # No collective: ranks may even take different numbers of steps.
+    train(model, optimizer, range(3 + dist.get_rank()))
+    assert optimizer.metrics()["step"] == 3 + dist.get_rank()
+
+
+def gradients_of_different_parameters_are_refused_by_name_on_all_ranks(folder):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(3))
+    with pytest.raises(RuntimeError, match=r"4\.weight has a gradient on the replicas \[1.*\] of"):
+        train(model, optimizer, [3], without={4} if dist.get_rank() == 0 else ())
+
+
+def a_process_group_of_some_ranks(folder):
+    group = dist.new_group([0, 1])
+    if dist.get_rank() > 1:
+        return
+    model = make_model()
+    optimizer = make_optimizer(model, distributed=DistributedConfig(process_group=group))
+    train(model, optimizer, range(8))
+    alone = make_model()
+    train(alone, make_optimizer(alone, distributed="off"), range(8))
+    assert_same(model, alone)
+
+
+def no_warning(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = make_model()
+        train(model, make_optimizer(model), range(4))
+
+
+SCENARIOS = [
+    several_ranks_give_the_bits_of_one,
+    several_ranks_give_the_bits_of_one_in_every_setting,
+    groups_that_are_added_later_have_owners_too,
+    half_precision_parameters,
+    bfloat16_communication_rounds_on_all_ranks_alike,
+    every_block_has_one_owner_and_the_work_is_balanced,
+    replicas_stay_bit_identical_whatever_arrives_when,
+    an_exchange_that_never_answers_at_one_rank,
+    under_distributed_data_parallel,
+    an_attached_preconditioner_shares_its_blocks,
+    a_gradient_that_is_not_finite_is_refused_by_all,
+    different_models_are_refused_by_name_on_all_ranks,
+    different_numbers_of_parameters_are_refused,
+    different_settings_are_refused_by_name,
+    models_of_their_own_are_refused_unless_distributed_is_off,
+    gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
+    a_process_group_of_some_ranks,
+    no_warning,
+]
