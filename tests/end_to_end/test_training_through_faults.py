@@ -114,6 +114,22 @@ def test_a_frozen_service_costs_no_step_time_within_the_bound(service, training)
     training.until_adopted(3)
 
 
+def test_a_group_added_in_the_middle_joins_the_session(training):
+    training.until_adopted(6)
+    before = training.optimizer.metrics()
+    extra = nn.Linear(8, 16)
+    training.optimizer.add_param_group({"params": list(extra.named_parameters(prefix="extra"))})
+    training.model.append(extra)
+    training.y = torch.randn(len(training.x), 16)
+    training.until(
+        lambda: training.optimizer.metrics()["blocks_with_version"] == before["blocks"] + 1,
+        what="a version of the new block",
+    )
+    metrics = training.optimizer.metrics()
+    assert metrics["epoch"] > before["epoch"]
+    training.until_adopted(6)
+
+
 def test_beyond_the_bound_the_grafted_step_serves_until_the_service_is_back(service):
     training = Training(service.address, max_staleness=30, policy="graft")
     try:
