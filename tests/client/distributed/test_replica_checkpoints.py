@@ -1,4 +1,4 @@
-"""Checkpoints of replicas: by rank, in one file, with torch.distributed.checkpoint, on other numbers of ranks."""
+"""Checkpoints of replicas: by rank, in one file, with torch.distributed.checkpoint; other world sizes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,393 @@
+"""Scenarios of ``fully_shard``: rows of parameters divided among ranks, also in meshes of two dimensions."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from distributed_training import EAGER, gradient, make_optimizer, on_all_ranks, set_gradients
+from preconditioner_client import GraftingConfig, LocalExchange
+from scripted_exchange import ScriptedExchange
+
+STOP, END = 10, 24
+
+
+def aligned():
+    """Shards of these rows on 2 and 4 ranks are cut into the same blocks as the whole."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 64), nn.LayerNorm(64))
+
+
+def uneven():
+    """Rows that neither 2 nor 4 ranks divide; one parameter has fewer rows than there are ranks."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 19), nn.Tanh(), nn.Linear(19, 13), nn.Tanh(), nn.Linear(13, 1))
+
+
+def mesh_of(kind):
+    size = dist.get_world_size()
+    if kind == "hsdp":
+        return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (size,))
+
+
+def sharded(make, kind="fsdp", **settings):
+    model = make()
+    mesh = mesh_of(kind)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, make_optimizer(model, **settings)
+
+
+def alone(make, **settings):
+    model = make()
+    return model, make_optimizer(model, distributed="off", **settings)
+
+
+def train(model, optimizer, steps):
+    """Gradients are the same whole ones everywhere; every rank is given its rows of them."""
+    for step in steps:
+        set_gradients(model, step)
+        for index, p in enumerate(model.parameters()):
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(gradient(p.shape, index, step), p.device_mesh, p.placements)
+        optimizer.step()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def assert_same(model, other, **tolerance):
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        a, b = whole(a), whole(b)
+        if tolerance:
+            torch.testing.assert_close(a, b, **tolerance)
+        else:
+            assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
+
+
+def shards_give_the_bits_of_one_process_where_their_blocks_are_the_same(folder):
+    model, optimizer = sharded(aligned)
+    single, reference = alone(aligned)
+    for step in range(16):
+        train(model, optimizer, [step])
+        train(single, reference, [step])
+        assert_same(model, single)
+    blocks = on_all_ranks(optimizer.metrics()["blocks"])
+    assert sum(blocks) == reference.metrics()["blocks"]
+    assert min(blocks) > 0
+
+
+def uneven_and_empty_shards(folder):
+    exchange = ScriptedExchange()
+    model, optimizer = sharded(uneven, service=exchange)
+    rows = on_all_ranks(model[4].weight.to_local().shape[0])
+    assert 0 in rows
+    # Without any version only elementwise arithmetic is done, and that is the same bits in any shard.
+    single, reference = alone(uneven, service=ScriptedExchange())
+    train(model, optimizer, range(6))
+    train(single, reference, range(6))
+    assert_same(model, single)
+    names = [b.name for b in exchange.session.blocks] if exchange.session else []
+    told = [name for names in on_all_ranks(names) for name in names]
+    assert len(set(told)) == len(told), "a block has two owners"
+    model, optimizer = sharded(uneven, service=LocalExchange(1))
+    train(model, optimizer, range(12))
+    assert all(bool(whole(p).isfinite().all()) for p in model.parameters())
+    assert sum(on_all_ranks(optimizer.metrics()["versions_adopted"])) > 0
+
+
+def training_with_backward(folder):
+    """Every rank has its part of the batch; one process has all of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32 * dist.get_world_size(), 12, generator=generator)
+    own = x[dist.get_rank() :: dist.get_world_size()]
+    settings = {"staleness": EAGER, "lr": 1e-3}
+    losses = []
+    for (model, optimizer), batch in ((sharded(aligned, **settings), own), (alone(aligned, **settings), x)):
+        losses.append([])
+        for _ in range(30):
+            loss = model(batch).sub(batch[:, :1]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(sum(on_all_ranks(loss.item())) / dist.get_world_size())
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    # Gradients are summed in another order.
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
+def layer_wise_grafting_takes_norms_over_all_shards(folder):
+    for method in ("lars", "lamb"):
+        settings = {"grafting": GraftingConfig(method=method, trust_coefficient=0.1), "lr": 1e-2}
+        model, optimizer = sharded(uneven, service=ScriptedExchange(), **settings)
+        single, reference = alone(uneven, service=ScriptedExchange(), **settings)
+        train(model, optimizer, range(5))
+        train(single, reference, range(5))
+        # Sums over shards are rounded in another order.
+        assert_same(model, single, rtol=1e-4, atol=1e-6)
+
+
+def half_precision_shards(folder):
+    model = aligned().to(torch.bfloat16)
+    fully_shard(model, mesh=mesh_of("fsdp"))
+    optimizer = make_optimizer(model)
+    for step in range(8):
+        for index, p in enumerate(model.parameters()):
+            whole_gradient = gradient(p.shape, index, step).to(torch.bfloat16)
+            p.grad = distribute_tensor(whole_gradient, p.device_mesh, p.placements)
+        optimizer.step()
+    state = optimizer.state[model[0].weight]["exp_avg"]
+    assert state.dtype == torch.float32
+    assert isinstance(state, DTensor)
+
+
+def a_gradient_that_is_not_finite_is_refused_by_all_ranks(folder):
+    model, optimizer = sharded(uneven)
+    train(model, optimizer, range(3))
+    before = [whole(p).clone() for p in model.parameters()]
+    for index, p in enumerate(model.parameters()):
+        p.grad = distribute_tensor(gradient(p.shape, index, 3), p.device_mesh, p.placements)
+    if dist.get_rank() == 0:
+        model[2].weight.grad.to_local()[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"gradient of 2\.weight holds (1|on another rank) NaN or infinite"):
+        optimizer.step()
+    assert all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer.metrics()["step"] == 3
+
+
+def placements_that_are_not_supported_are_refused_by_name(folder):
+    mesh = mesh_of("fsdp")
+    for placement in (Shard(1), Partial()):
+        p = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [placement], run_check=False))
+        p.grad = torch.zeros_like(p)
+        optimizer = make_optimizer(nn.Linear(2, 2))
+        optimizer.add_param_group({"params": [("decoder", p)]})
+        with pytest.raises(ValueError, match=r"decoder has the placements \((Shard\(dim=1\)|Partial)"):
+            optimizer.state_dict()
+
+
+def plain_parameters_beside_shards_are_refused_by_name(folder):
+    model = aligned()
+    fully_shard(model[2], mesh=mesh_of("fsdp"))
+    with pytest.raises(ValueError, match=r"0\.weight is a plain tensor beside DTensor parameters"):
+        make_optimizer(model).state_dict()
+
+
+def state_of(model, optimizer, options=None):
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def load(model, optimizer, path, options=None, partial=False):
+    state = state_of(model, optimizer, options)
+    dcp.load(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=partial))
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+OPTIONS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
+
+
+def shards_resume_bit_for_bit_with_torch(folder):
+    for make in (aligned, uneven):
+        uninterrupted = sharded(make)
+        train(*uninterrupted, range(END))
+        model, optimizer = sharded(make)
+        train(model, optimizer, range(STOP))
+        for name, options in OPTIONS.items():
+            path = folder / f"shards-{make.__name__}-{name}"
+            dcp.save(state_of(model, optimizer, options), checkpoint_id=path)
+            resumed = sharded(make)
+            load(*resumed, path, options)
+            assert resumed[1].metrics()["step"] == STOP
+            train(*resumed, range(STOP, END))
+            assert_same(resumed[0], uninterrupted[0])
+            assert resumed[1].metrics()["waits"] == 0
+
+
+def a_consolidated_state_of_shards_loads_everywhere(folder):
+    model, optimizer = sharded(aligned)
+    train(model, optimizer, range(STOP))
+    weights = {name: whole(p).clone() for name, p in model.named_parameters()}
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        torch.save({"model": weights, "optimizer": optimizer.state_dict()}, folder / "shards-whole.pt")
+    dist.barrier()
+    state = torch.load(folder / "shards-whole.pt", weights_only=True)
+    uninterrupted, reference = alone(aligned)
+    train(uninterrupted, reference, range(END))
+
+    single, other = alone(aligned)
+    single.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    train(single, other, range(STOP, END))
+    assert_same(single, uninterrupted)
+
+    again, third = sharded(aligned)
+    for name, p in again.named_parameters():
+        p.data.copy_(distribute_tensor(state["model"][name], p.device_mesh, p.placements))
+    third.load_state_dict(state["optimizer"])
+    train(again, third, range(STOP, END))
+    assert_same(again, uninterrupted)
+
+
+def a_part_of_other_shards_is_refused_by_name(folder):
+    model, optimizer = sharded(uneven)
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    key = model[0].weight
+    torch.manual_seed(0)
+    parts = on_all_ranks(tuple(key.to_local().shape))
+    assert len(set(parts)) > 1
+    local = state["state"][0]["exp_avg"].to_local()
+    state["state"][0]["exp_avg"] = DTensor.from_local(
+        local[:1].clone(),
+        key.device_mesh,
+        key.placements,
+        run_check=False,
+        shape=key.shape,
+        stride=key.stride(),
+    )
+    with pytest.raises(
+        ValueError, match=r"0\.weight: exp_avg in the checkpoint is one rank's part \(1, 12\)"
+    ):
+        sharded(uneven)[1].load_state_dict(state)
+
+
+def shards_of_replicas_give_the_bits_of_one_process(folder):
+    exchange = ScriptedExchange()
+    model, optimizer = sharded(aligned, "hsdp")
+    single, reference = alone(aligned)
+    for step in range(12):
+        train(model, optimizer, [step])
+        train(single, reference, [step])
+        assert_same(model, single)
+        for p in model.parameters():
+            local = p.to_local().detach().clone()
+            replicas = on_all_ranks(local)
+            shards = dist.get_world_size() // 2
+            me = dist.get_rank() % shards
+            assert torch.equal(replicas[me], replicas[me + shards])
+    model, optimizer = sharded(aligned, "hsdp", service=exchange)
+    train(model, optimizer, range(1))
+    told = on_all_ranks(
+        (exchange.session.rank, [b.name for b in exchange.session.blocks], exchange.session.epoch)
+    )
+    assert [rank for rank, *_ in told] == list(range(dist.get_world_size()))
+    names = [name for _, names, _ in told for name in names]
+    assert len(names) == len(set(names)) == reference.metrics()["blocks"]
+    assert len({epoch for *_, epoch in told}) == 1
+
+
+def shards_of_replicas_resume_bit_for_bit(folder):
+    uninterrupted = sharded(uneven, "hsdp")
+    train(*uninterrupted, range(END))
+    model, optimizer = sharded(uneven, "hsdp")
+    train(model, optimizer, range(STOP))
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder / "hsdp")
+    resumed = sharded(uneven, "hsdp")
+    load(*resumed, folder / "hsdp")
+    train(*resumed, range(STOP, END))
+    assert_same(resumed[0], uninterrupted[0])
+
+
+class Warnings(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def another_number_of_ranks_keeps_what_it_can(folder):
+    """Reads what two ranks saved."""
+    logger = logging.getLogger("preconditioner_client")
+    for make, lost in ((aligned, False), (uneven, True)):
+        handler = Warnings()
+        logger.addHandler(handler)
+        model, optimizer = sharded(make)
+        load(model, optimizer, folder / f"shards-{make.__name__}-nested", partial=True)
+        logger.removeHandler(handler)
+        warned = [m for m in handler.messages if "start with new statistics" in m]
+        single, reference = alone(make, service=ScriptedExchange())
+        train(single, reference, range(STOP))
+        for p, q in zip(model.parameters(), single.parameters(), strict=True):
+            state, expected = optimizer.state[p], reference.state[q]
+            assert state["step"] == expected["step"] == STOP
+        counts = on_all_ranks(len(warned))
+        assert max(counts) <= 1
+        assert bool(sum(counts)) == lost, handler.messages
+        train(model, optimizer, range(STOP, END))
+        assert all(bool(whole(p).isfinite().all()) for p in model.parameters())
+        if not lost:
+            uninterrupted = alone(make)
+            train(*uninterrupted, range(END))
+            assert_same(model, uninterrupted[0])
+
+
+def moments_are_resharded_exactly(folder):
+    """Reads what two ranks saved: moments do not depend on what was preconditioned."""
+    model, optimizer = sharded(uneven)
+    load(model, optimizer, folder / "shards-uneven-nested", partial=True)
+    single, reference = alone(uneven, service=ScriptedExchange())
+    train(single, reference, range(STOP))
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        for key in ("exp_avg", "second_moment"):
+            assert torch.equal(whole(optimizer.state[p][key]), reference.state[q][key])
+
+
+def whole_state_by_torch(folder):
+    """A full state dict on rank 0, as torch gathers it: moments are whole, blocks are rank 0's."""
+    model, optimizer = sharded(aligned)
+    train(model, optimizer, range(STOP))
+    options = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        assert not any(isinstance(v, DTensor) for s in state["state"].values() for v in s.values())
+
+
+ON_TWO_RANKS = [
+    shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
+    training_with_backward,
+    half_precision_shards,
+    a_gradient_that_is_not_finite_is_refused_by_all_ranks,
+    placements_that_are_not_supported_are_refused_by_name,
+    plain_parameters_beside_shards_are_refused_by_name,
+    shards_resume_bit_for_bit_with_torch,
+    a_consolidated_state_of_shards_loads_everywhere,
+    a_part_of_other_shards_is_refused_by_name,
+    whole_state_by_torch,
+]
+ON_FOUR_RANKS = [
+    shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
+    uneven_and_empty_shards,
+    layer_wise_grafting_takes_norms_over_all_shards,
+    another_number_of_ranks_keeps_what_it_can,
+    moments_are_resharded_exactly,
+    shards_of_replicas_give_the_bits_of_one_process,
+    shards_of_replicas_resume_bit_for_bit,
+]
+SCENARIOS = [*ON_TWO_RANKS, *(s for s in ON_FOUR_RANKS if s not in ON_TWO_RANKS)]
