@@ -5,7 +5,7 @@
     python client/examples/accelerate_loop.py --mixed-precision bf16
     python client/examples/accelerate_loop.py --checkpoint state --steps 100
     python client/examples/accelerate_loop.py --checkpoint state --steps 200     # goes on at step 100
-    accelerate launch client/examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 client/examples/accelerate_loop.py       # or accelerate launch
 
 ``Accelerator.prepare`` wraps the optimizer; nothing else changes. With accumulation the optimizer, and so the
 statistics, see whole gradients only.
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from preconditioner_client import Adoption, Shampoo, StalenessConfig
-from preconditioner_client.adapters import metrics_source, scalars
+from preconditioner_client.adapters import consolidate, metrics_source, scalars
 
 CONTEXT = 16
 
@@ -40,6 +40,13 @@ def windows() -> TensorDataset:
     return TensorDataset(pieces[:, :-1], pieces[:, -1])
 
 
+def small_model() -> nn.Module:
+    """Guesses the next byte."""
+    return nn.Sequential(
+        nn.Embedding(256, 32), nn.Flatten(), nn.Linear(CONTEXT * 32, 128), nn.ReLU(), nn.Linear(128, 256)
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last loss and how many versions were adopted."""
     parser = argparse.ArgumentParser(description="asynchronous Shampoo in a loop with Accelerate")
@@ -52,15 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     torch.manual_seed(0)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision
+        gradient_accumulation_steps=args.accumulate,
+        mixed_precision=args.mixed_precision,
+        # Otherwise several processes without GPUs would each train alone.
+        cpu=not torch.cuda.is_available(),
     )
-    model: nn.Module = nn.Sequential(
-        nn.Embedding(256, 32), nn.Flatten(), nn.Linear(CONTEXT * 32, 128), nn.ReLU(), nn.Linear(128, 256)
-    )
+    model = small_model()
     optimizer = Shampoo(model.named_parameters(), lr=3e-3, staleness=STALENESS, service=args.service)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.998)
     loader = DataLoader(windows(), batch_size=32, shuffle=True)
     model, prepared, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+
+    # The main process saves for all; each owns the statistics of some blocks.
+    accelerator.register_save_state_pre_hook(lambda *_: consolidate(prepared))
 
     if args.checkpoint and args.checkpoint.exists():
         accelerator.load_state(str(args.checkpoint))

@@ -5,6 +5,7 @@
     python client/examples/hf_trainer.py --output out --steps 100
     python client/examples/hf_trainer.py --output out --steps 200 --resume     # from the Trainer's checkpoint
     python client/examples/hf_trainer.py --bf16
+    torchrun --nproc-per-node 2 client/examples/hf_trainer.py
     python client/examples/hf_trainer.py --attach                              # inside of AdamW instead
 
 The optimizer goes to the Trainer with a scheduler. Checkpoints are the Trainer's own; the metrics stand in
@@ -54,6 +55,14 @@ class SourceText(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.pieces[index], "labels": self.pieces[index]}
 
 
+def small_gpt2() -> GPT2LMHeadModel:
+    """A GPT-2 for bytes, with new weights."""
+    config = GPT2Config(
+        vocab_size=256, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last loss and how many versions were adopted."""
     parser = argparse.ArgumentParser(description="asynchronous Shampoo in a Hugging Face Trainer")
@@ -68,17 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256,
-            n_positions=CONTEXT,
-            n_embd=64,
-            n_layer=2,
-            n_head=2,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    model = small_gpt2()
     optimizer: torch.optim.Optimizer
     if args.attach:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -109,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             optimizers=(optimizer, scheduler),
         )
         # callbacks=[hf_callback()] would do for the log history; this way the reporters see the metrics too.
+        # With several processes the callback also completes the checkpoints, which the first one writes.
         report_first(trainer, hf_callback())
         result = trainer.train(resume_from_checkpoint=args.resume or None)
     metrics = metrics_source(trainer.optimizer).metrics()

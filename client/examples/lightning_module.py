@@ -5,6 +5,7 @@
     python client/examples/lightning_module.py --checkpoint run.ckpt --steps 100
     python client/examples/lightning_module.py --checkpoint run.ckpt --steps 200   # goes on at step 100
     python client/examples/lightning_module.py --precision bf16-mixed
+    python client/examples/lightning_module.py --devices 2
     python client/examples/lightning_module.py --attach                            # inside of AdamW instead
 
 Lightning calls ``optimizer.step(closure)``. Shampoo takes closures. An attached preconditioner must see the
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--service", default="embedded", help="embedded, or host:port of a running one")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--attach", action="store_true", help="precondition inside of AdamW")
+    parser.add_argument("--devices", default="auto", help="processes of DistributedDataParallel")
     parser.add_argument("--precision", default="32-true", help="Lightning's, as in bf16-mixed")
     parser.add_argument("--checkpoint", type=Path, help="file to go on from, and to save to")
     parser.add_argument("--log", help="folder for CSV logs")
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     lightning.seed_everything(0, verbose=False)
     trainer = lightning.Trainer(
         max_steps=args.steps,
+        devices=args.devices,
         precision=args.precision,
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,

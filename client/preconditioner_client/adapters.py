@@ -1,4 +1,4 @@
-"""What joins the client to other libraries: its metrics in their logs, and ``attach`` in loops with closures.
+"""What joins the client to other libraries: metrics in their logs, state in their checkpoints, closures.
 
 Nothing of TensorBoard, Hugging Face or Lightning is imported before one of these functions asks for it.
 
@@ -7,6 +7,7 @@ Nothing of TensorBoard, Hugging Face or Lightning is imported before one of thes
 :func:`log_to_tensorboard`      to a ``SummaryWriter``
 :func:`hf_callback`             into the logs of a Hugging Face ``Trainer``; see :func:`report_first` too
 :func:`lightning_callback`      to the loggers of a Lightning ``Trainer``
+:func:`consolidate`             the state of all ranks on the one that saves; ``hf_callback`` calls it, too
 :func:`run_closure_first`       lets an optimizer with a preconditioner attached be called with a closure,
                                 as Lightning does
 ==============================  =======================================================================
@@ -15,6 +16,7 @@ Nothing of TensorBoard, Hugging Face or Lightning is imported before one of thes
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger("preconditioner_client")
 
 PREFIX = "preconditioner/"
 """Before the name of every metric, so that they stand together and clash with none of the loop's own."""
@@ -79,6 +83,26 @@ def scalars(metrics: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, float
     return flat
 
 
+def consolidate(optimizer: Any) -> None:
+    """Collect the state of all ranks on rank 0, for a framework that saves the optimizer from there alone.
+
+    Collective: all ranks call it just before the checkpoint is saved, as in
+    ``accelerator.register_save_state_pre_hook(lambda *_: consolidate(optimizer))``. :func:`hf_callback` does
+    it by itself, and so does Lightning. With one process nothing changes.
+
+    Args:
+        optimizer: see :func:`metrics_source`.
+    """
+    collect = getattr(metrics_source(optimizer), "consolidate_state_dict", None)
+    if collect is None:
+        logger.warning(
+            "the checkpoint holds the statistics of rank 0 alone, since those of an attached preconditioner "
+            "are not collected; the other ranks gather theirs anew after a resume. Shampoo keeps them"
+        )
+        return
+    collect()
+
+
 class ScalarWriter(Protocol):
     """The part of ``torch.utils.tensorboard.SummaryWriter`` that is used here."""
 
@@ -125,6 +149,13 @@ class _HFMetrics:
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Before a checkpoint, which rank 0 writes, bring the state of all ranks there."""
+        if control.should_save and args.world_size > 1:
+            consolidate(optimizer if self._optimizer is None else self._optimizer)
+
+    on_epoch_end = on_step_end
+
 
 def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
     """A ``transformers.TrainerCallback`` that adds the metrics to every log of training.
@@ -132,6 +163,9 @@ def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
     As in ``Trainer(..., callbacks=[hf_callback()])``: then the metrics are in ``state.log_history`` and in
     what is printed. The reporters (``report_to``) run before the callbacks of a user; for them hand the
     callback to :func:`report_first` instead.
+
+    With several processes it also completes the checkpoints, see :func:`consolidate`: those that are saved
+    every so many steps or at the end of an epoch (``save_strategy`` ``"steps"`` and ``"epoch"``).
 
     Args:
         optimizer: see :func:`metrics_source`; default the Trainer's.
@@ -145,7 +179,8 @@ def report_first(trainer: Any, callback: Any) -> None:
     """Add a callback to a Hugging Face ``Trainer`` before its reporters, so that they see what it logs."""
     trainer.add_callback(callback)
     callbacks = trainer.callback_handler.callbacks
-    callbacks.insert(0, callbacks.pop())
+    # The first decides whether this step is logged and saved, and stays the first.
+    callbacks.insert(1, callbacks.pop())
 
 
 class _LightningMetrics:

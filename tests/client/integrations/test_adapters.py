@@ -106,10 +106,10 @@ def test_the_hugging_face_callback_adds_to_logs_of_training_only():
 
 
 def test_reporters_come_after_a_callback_that_reports_first():
-    handler = SimpleNamespace(callbacks=["reporter"])
+    handler = SimpleNamespace(callbacks=["flow", "reporter"])
     trainer = SimpleNamespace(callback_handler=handler, add_callback=handler.callbacks.append)
     report_first(trainer, "ours")
-    assert handler.callbacks == ["ours", "reporter"]
+    assert handler.callbacks == ["flow", "ours", "reporter"]
 
 
 @pytest.mark.parametrize("library", ["lightning.pytorch", "pytorch_lightning"])

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from preconditioner_client import LocalExchange, Shampoo
 
 EXAMPLES = Path(__file__).parents[3] / "client" / "examples"
 
@@ -101,3 +104,75 @@ def test_the_lightning_module_goes_on_from_its_checkpoint(example, service, tmp_
     assert second["step"] == 40
     (csv,) = tmp_path.rglob("metrics.csv")
     assert "preconditioner/versions_adopted" in csv.read_text().splitlines()[0]
+
+
+def launch(command, ranks):
+    """Run an example in several processes; the results of all ranks."""
+    finished = subprocess.run(
+        [sys.executable, *[str(part) for part in command]], capture_output=True, text=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    # Ranks share the pipe, so two lines may have run into one.
+    lines = finished.stdout.replace("}{", "}\n{").splitlines()
+    results = [json.loads(line) for line in lines if line.startswith('{"')]
+    assert len(results) == ranks
+    assert all(math.isfinite(result["loss"]) for result in results)
+    assert all(result["versions_adopted"] > 0 for result in results)
+    return results
+
+
+def torchrun(name, ranks, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    return launch([*launcher, EXAMPLES / f"{name}.py", *arguments], ranks)
+
+
+def test_ddp_goes_on_from_its_checkpoint_on_another_number_of_ranks(service, tmp_path):
+    common = ["--service", service, "--checkpoint", tmp_path / "state"]
+    both = torchrun("ddp", 2, "--steps", 15, *common)
+    assert all(result["replicas_are_identical"] for result in both)
+    (alone,) = torchrun("ddp", 1, "--steps", 30, *common)
+    assert alone["step"] == 30
+    # Every block has one owner.
+    assert sum(result["blocks"] for result in both) == alone["blocks"]
+
+
+def test_fsdp2_goes_on_from_its_checkpoint(service, tmp_path):
+    common = ["--service", service, "--checkpoint", tmp_path / "state"]
+    for steps in (15, 30):
+        results = torchrun("fsdp2", 2, "--steps", steps, *common)
+        assert {result["step"] for result in results} == {steps}
+
+
+def all_statistics(model, state_dict):
+    """How many blocks of a model have statistics in a checkpoint, and how many there are."""
+    keys = [k for s in state_dict["state"].values() for k, v in s.items() if ".statistics." in k and v.any()]
+    whole = Shampoo(model.named_parameters(), service=LocalExchange()).state_dict()
+    expected = [k for s in whole["state"].values() for k in s if ".statistics." in k]
+    return len(keys), len(expected)
+
+
+def test_the_hugging_face_trainer_saves_the_state_of_all_ranks(example, service, tmp_path):
+    arguments = ["--service", service, "--output", tmp_path, "--steps", 20]
+    torchrun("hf_trainer", 2, *arguments)
+    saved = torch.load(tmp_path / "checkpoint-20" / "optimizer.pt", weights_only=True)
+    found, expected = all_statistics(example("hf_trainer").small_gpt2(), saved)
+    assert found == expected
+    # And one process goes on from it.
+    result = run(example("hf_trainer"), *arguments[:-1], 30, "--resume")
+    assert result["step"] == 30
+
+
+def test_accelerate_saves_the_state_of_all_ranks(example, service, tmp_path):
+    torchrun("accelerate_loop", 2, "--service", service, "--checkpoint", tmp_path / "state", "--steps", 20)
+    saved = torch.load(tmp_path / "state" / "optimizer.bin", weights_only=True)
+    found, expected = all_statistics(example("accelerate_loop").small_model(), saved)
+    assert found == expected
+
+
+def test_lightning_saves_the_state_of_all_ranks(example, service, tmp_path):
+    path = tmp_path / "run.ckpt"
+    arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2]
+    launch([EXAMPLES / "lightning_module.py", *arguments], 2)
+    saved = torch.load(path, weights_only=True)["optimizer_states"][0]
+    found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), saved)
+    assert found == expected
