@@ -210,7 +210,8 @@ class Shampoo(Optimizer):
         if self._consolidated is not None:
             return self._consolidated
         engine = self._planned()
-        if engine.ranks.replicas > 1 and not self._warned:
+        # Before the first step there is nothing to lose; Accelerate asks for it then.
+        if engine.ranks.replicas > 1 and engine.step > 0 and not self._warned:
             self._warned = True
             logger.warning(
                 "state_dict() of rank %d of %d holds the blocks of that rank alone: to save the state in one "
@@ -220,7 +221,7 @@ class Shampoo(Optimizer):
                 engine.ranks.world_size,
             )
         checkpoint.write(self, engine)
-        return checkpoint.exported(super().state_dict())
+        return checkpoint.exported(engine, super().state_dict())
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collect the state of all ranks, so that :meth:`state_dict` of one of them is complete.
@@ -234,7 +235,8 @@ class Shampoo(Optimizer):
         """
         engine = self._planned()
         checkpoint.write(self, engine)
-        self._consolidated = consolidation.collect(engine, checkpoint.exported(super().state_dict()), to)
+        own = checkpoint.exported(engine, super().state_dict())
+        self._consolidated = consolidation.collect(engine, own, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
