@@ -21,8 +21,8 @@ key                             value
 ==============================  ================================================================
 
 B is the block's slice of the whole parameter (after merging of dimensions), as in ``0:512,512:1024``, so it
-means the same whatever rank holds the block. Which keys there are, and their shapes, follow from shapes and
-settings alone, as ``torch.distributed.checkpoint`` needs it.
+means the same whatever rank holds the block. Which keys an updated parameter has, and their shapes, follow
+from shapes and settings alone, as ``torch.distributed.checkpoint`` needs it.
 
 Per group: the scalar settings, and ``preconditioner_format``, ``preconditioner_step``,
 ``preconditioner_epoch`` and ``preconditioner_shards`` (over how many ranks a parameter's rows were divided).
@@ -69,15 +69,16 @@ _BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
 def write(optimizer: Shampoo, engine: Engine) -> None:
-    """Put everything that lives outside of ``optimizer.state`` into it, for the base class to collect.
+    """Put everything that lives outside of ``optimizer.state`` into the groups and, as views, into it.
 
-    Statistics and preconditioners stand there as views, so that this costs no memory.
+    A parameter without state is left so: ``torch.distributed.checkpoint`` asks by it whether an optimizer was
+    initialised, and for some forms of a state dict by which keys to load.
     """
     for group, plan in zip(optimizer.param_groups, engine.plans, strict=True):
         group[FORMAT_KEY], group[STEP_KEY], group[EPOCH_KEY] = FORMAT, engine.step, engine.epoch
         group[SHARDS_KEY] = plan.shards
         for index, parameter in enumerate(group["params"]):
-            if plan.rows[index]:
+            if plan.rows[index] and parameter in optimizer.state:
                 optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
 
 
@@ -154,19 +155,20 @@ def _in_flight(engine: Engine, held: PlannedRow) -> list[tuple[str, torch.Tensor
     return [(key, tensor.to(stack.device)) for key, tensor in result]
 
 
-def exported(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict that later steps do not change where it holds blocks, and without what needs pickle."""
+def exported(engine: Engine, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The base class's state dict with the blocks of this rank, as copies, and without what needs pickle."""
     groups = [
         {key: repr(value) if key in _SETTINGS else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     states = {
-        index: {
-            key: value.clone() if key.startswith("block.") and torch.is_tensor(value) else value
-            for key, value in state.items()
-        }
-        for index, state in state_dict["state"].items()
+        identity: {key: value for key, value in state.items() if not key.startswith("block.")}
+        for identity, state in state_dict["state"].items()
     }
+    for group, plan in zip(groups, engine.plans, strict=True):
+        for index, identity in enumerate(group["params"]):
+            if plan.rows[index]:
+                states.setdefault(identity, {}).update(block_states(engine, plan, index))
     return {**state_dict, "state": states, "param_groups": groups}
 
 
@@ -225,7 +227,7 @@ def check_state(
     """Hold one parameter's state against the plan.
 
     Args:
-        state: as saved.
+        state: as saved; an empty one stands for a parameter that nothing was saved of.
         elementwise: keys and shapes that may stand there beside the blocks'.
         plan: of the group.
         index: of the parameter in the group.
@@ -239,7 +241,7 @@ def check_state(
     recut = shards is not None and shards != plan.shards
     expected = dict(elementwise)
     for held in plan.rows[index]:
-        if f"block.{held.key}.updates" not in state and not recut:
+        if state and f"block.{held.key}.updates" not in state and not recut:
             raise ValueError(
                 f"{name}: the checkpoint lacks the block [{held.key}]. Either blocking or model changed "
                 f"since, or it is the state_dict() of one rank, which holds the blocks of that rank alone: "
@@ -281,7 +283,7 @@ def read(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> None
         stored.append(states)
         for parameter, state in zip(group["params"], states, strict=True):
             own = {
-                key: _placed(value, parameter, engine.ranks)
+                key: placed(value, parameter, engine.ranks)
                 for key, value in state.items()
                 if not key.startswith("block.")
             }
@@ -347,7 +349,7 @@ def restore_blocks(
     engine.resume(step, epoch)
 
 
-def _placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
+def placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
     """A copy of an elementwise tensor, placed as its parameter is; it keeps its dtype."""
     if not torch.is_tensor(value):
         return copy.copy(value)

@@ -40,7 +40,7 @@ def collect(engine: Engine, state_dict: dict[str, Any], to: int) -> dict[str, An
     receives = dist.get_rank() == to
     states: dict[Any, dict[str, Any]] = {}
     for index, state in state_dict["state"].items():
-        states[index] = {key: _whole(value, receives) for key, value in state.items()}
+        states[index] = {key: whole(value, receives) for key, value in state.items()}
     for saved, parameters_states in zip(state_dict["param_groups"], _blocks(engine, to), strict=True):
         for index, blocks in zip(saved["params"], parameters_states, strict=True):
             if blocks:
@@ -48,7 +48,8 @@ def collect(engine: Engine, state_dict: dict[str, Any], to: int) -> dict[str, An
     return {**state_dict, "state": states} if receives else None
 
 
-def _whole(value: Any, receives: bool) -> Any:
+def whole(value: Any, receives: bool) -> Any:
+    """A sharded tensor as a plain one on the host, where it is wanted; all else as it is. Collective."""
     if not is_dtensor(value):
         return value
     full = value.full_tensor()

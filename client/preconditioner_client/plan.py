@@ -209,15 +209,21 @@ def _blocks_of(
     kinds: dict[tuple[Any, ...], list[PlannedBlock]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
         shape = tuple(parameter.shape)
+        # Most shards have as many rows as the first, and share their members with it.
+        members: dict[tuple[int, ...], list[Member]] = {}
         for shard in range(ranks.shards):
             cut = partition(shape, settings.blocking, ranks.rows(shape[0], shard) if shape else None)
-            for number, place in enumerate(cut.blocks):
-                member = Member(index, number, cut.merged, place)
-                block = PlannedBlock(member, place.key(cut.origin), cut.preconditioned, shard, replica=0)
-                kinds[(place.shape, cut.preconditioned)].append(block)
+            if cut.merged not in members:
+                members[cut.merged] = [Member(index, n, cut.merged, p) for n, p in enumerate(cut.blocks)]
+            for member in members[cut.merged]:
+                key = member.place.key(cut.origin)
+                block = PlannedBlock(member, key, cut.preconditioned, shard, replica=0)
+                kinds[(member.place.shape, cut.preconditioned)].append(block)
     found = [block for of_kind in kinds.values() for block in of_kind]
-    for shard in range(ranks.shards):
-        positions = [position for position, block in enumerate(found) if block.shard == shard]
+    of_shards: list[list[int]] = [[] for _ in range(ranks.shards)]
+    for position, block in enumerate(found):
+        of_shards[block.shard].append(position)
+    for shard, positions in enumerate(of_shards):
         # Accumulating and preconditioning multiply each side with the whole block.
         costs = [float(found[i].member.place.numel * sum(found[i].sides)) for i in positions]
         for position, owner in zip(positions, loads.assign(shard, ranks.replicas, costs), strict=True):

@@ -24,13 +24,19 @@ _ALIGNMENT = 64  # bytes
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where a block's direction lies in the buffer, as elements of its replica's part."""
+    """Where a block's direction lies in the buffer.
+
+    Attributes:
+        group: number of the group.
+        member: which block.
+        sent: its place in what this rank sends; None if another replica owns it.
+        received: its place in what all replicas get.
+    """
 
     group: int
     member: Member
-    replica: int
-    start: int
-    stop: int
+    sent: torch.Tensor | None
+    received: torch.Tensor
 
 
 class SharedUpdates:
@@ -47,24 +53,38 @@ class SharedUpdates:
     def __init__(self, plans: Sequence[GroupPlan], ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
         self._names = [list(plan.names) for plan in plans]
-        self._slots: list[_Slot] = []
-        filled = [0] * ranks.replicas
-        for number, plan in enumerate(plans):
-            for block in plan.blocks:
-                if block.shard == ranks.shard:
-                    start = filled[block.replica]
-                    filled[block.replica] += block.member.place.numel
-                    self._slots.append(
-                        _Slot(number, block.member, block.replica, start, filled[block.replica])
-                    )
+        blocks = [
+            (number, block)
+            for number, plan in enumerate(plans)
+            for block in plan.blocks
+            if block.shard == ranks.shard
+        ]
+        owned = [0] * ranks.replicas
+        for _, block in blocks:
+            owned[block.replica] += block.member.place.numel
         dtype = ranks.communication_dtype
         self._head = _aligned(sum(len(names) for names in self._names))
-        part = self._head + _aligned(max(filled) * dtype.itemsize)
+        part = self._head + _aligned(max(owned) * dtype.itemsize)
         # Bytes, since not every backend gathers every dtype.
         self._sent = torch.zeros(part, dtype=torch.uint8, device=device)
         self._received = torch.zeros(ranks.replicas, part, dtype=torch.uint8, device=device)
-        self._outgoing = self._sent[self._head :].view(dtype)
-        self._incoming = self._received[:, self._head :].view(dtype)
+        outgoing = self._sent[self._head :].view(dtype)
+        incoming = self._received[:, self._head :].view(dtype)
+        self._slots: list[_Slot] = []
+        filled = [0] * ranks.replicas
+        for number, block in blocks:
+            place = block.member.place
+            span = slice(filled[block.replica], filled[block.replica] + place.numel)
+            filled[block.replica] += place.numel
+            own = block.replica == ranks.replica
+            self._slots.append(
+                _Slot(
+                    number,
+                    block.member,
+                    sent=outgoing[span].view(place.shape) if own else None,
+                    received=incoming[block.replica, span].view(place.shape),
+                )
+            )
         self._pattern: tuple[bool, ...] | None = None
         self._unchecked: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -87,24 +107,15 @@ class SharedUpdates:
             for slot in self._slots
             if (update := updates[slot.group][slot.member.parameter]) is not None
         ]
-        own = [(slot, view) for slot, view in present if slot.replica == self._ranks.replica]
+        own = [(slot.sent, view) for slot, view in present if slot.sent is not None]
         if own:
-            torch._foreach_copy_(
-                [self._outgoing[slot.start : slot.stop].view(slot.member.place.shape) for slot, _ in own],
-                [view for _, view in own],
-            )
+            torch._foreach_copy_([sent for sent, _ in own], [view for _, view in own])
         # The older name is deprecated from torch 2.13 on.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(self._received.view(-1), self._sent, group=self._ranks.replica_group)
         self._check()
         if present:
-            torch._foreach_copy_(
-                [view for _, view in present],
-                [
-                    self._incoming[slot.replica, slot.start : slot.stop].view(slot.member.place.shape)
-                    for slot, _ in present
-                ],
-            )
+            torch._foreach_copy_([view for _, view in present], [slot.received for slot, _ in present])
 
     def _mark(self, pattern: tuple[bool, ...]) -> None:
         """Write the head, if it is not the last step's."""
