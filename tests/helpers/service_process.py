@@ -56,12 +56,14 @@ class ServiceProcess:
         command = [
             sys.executable, "-m", "preconditioner_service", "serve",
             "--port", str(self.port), "--num-workers", str(self.workers),
+            # It must not outlive a test run that is killed.
+            "--parent-pid", str(os.getpid()),
         ]  # fmt: skip
         with Path(self._log).open("a") as log:
             self.process = subprocess.Popen(
                 command,
                 env={**os.environ, "PRECONDITIONER_SERVICE_TOKEN": TOKEN},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -100,8 +102,10 @@ class ServiceProcess:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.kill()
-        if self.process is not None and self.process.stdout is not None:
-            self.process.stdout.close()
+        if self.process is not None:
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    pipe.close()
         for straggler in self.survivors():
             with contextlib.suppress(psutil.NoSuchProcess):
                 straggler.kill()
