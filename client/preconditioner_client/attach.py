@@ -8,6 +8,7 @@ gradient, so learning rates, clipping and weight decay keep their meaning.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -256,6 +257,10 @@ class Attachment:
 
     def _plan(self) -> list[Any]:
         """Plans of all groups; those added meanwhile join."""
+        known = [name for plan in self._engine.plans for name in plan.names]
+        planned = [group["params"] for group in self._optimizer.param_groups[: len(self._engine.plans)]]
+        if self._engine.forget_moved(planned):
+            self._names.update(zip(itertools.chain(*planned), known, strict=False))
         plans = self._engine.plans
         for number in range(len(plans), len(self._optimizer.param_groups)):
             params = self._optimizer.param_groups[number]["params"]

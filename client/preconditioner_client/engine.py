@@ -66,6 +66,7 @@ class Engine:
         self._session_opened = False
         self._loads = Loads()
         self.parameters: list[torch.Tensor] = []
+        self._devices: list[torch.device] = []
         self._texts: list[str] = []
         self._shared: SharedUpdates | None = None
 
@@ -93,9 +94,46 @@ class Engine:
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
+            self._devices.append(parameter.device)
             self._texts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}")
         self._shared = None
         self._session_due |= bool(plan.blocks)
+
+    def forget_moved(self, groups: Sequence[Sequence[torch.Tensor]]) -> bool:
+        """Drop all plans if they are of other tensors than these, or of the same on another device.
+
+        Only before the first step, when there is nothing to lose: frameworks ask for the state of an
+        optimizer, and only then shard its parameters or move them.
+
+        Args:
+            groups: for each group that was added its parameters as they are now.
+
+        Returns:
+            Whether the groups are to be added again.
+        """
+        if self.step:
+            return False
+        now = [parameter for of_group in groups for parameter in of_group]
+        kept = len(now) == len(self.parameters) and all(
+            new is old and new.device == device
+            for new, old, device in zip(now, self.parameters, self._devices, strict=True)
+        )
+        if kept:
+            return False
+        self._forget()
+        return True
+
+    def _forget(self) -> None:
+        self.plans = []
+        self.parameters = []
+        self._devices = []
+        self._texts = []
+        self._entries = []
+        self._loads = Loads()
+        self._shared = None
+        self._session_due = False
+        self.ranks = Ranks()
+        self.refresher = Refresher(self.refresher.config, [], self._snapshots, self._adopt)
 
     def advance(self, gradients: Sequence[MaybeTensors]) -> Mask:
         """Begin the next step: accumulate statistics, offer snapshots, adopt what is there.

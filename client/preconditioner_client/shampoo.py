@@ -256,6 +256,8 @@ class Shampoo(Optimizer):
     def _planned(self) -> Engine:
         """The engine with a plan of every group; made late, since modules move to their device until then."""
         engine = cast(Engine, self._engine)
+        if engine.forget_moved([group["params"] for group in self.param_groups[: len(engine.plans)]]):
+            self.state.clear()
         for number in range(len(engine.plans), len(self.param_groups)):
             group = self.param_groups[number]
             names = [str(name) for name in group.get("param_names", ())]

@@ -6,11 +6,15 @@ import accelerate
 import lightning
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from preconditioner_client import LocalExchange, Shampoo, StalenessConfig, attach
 from preconditioner_client.adapters import lightning_callback, metrics_source, run_closure_first
+from scripted_exchange import ScriptedExchange
 
 SCHEDULED = StalenessConfig(adoption="scheduled", refresh_every=3, delay=4)
 
@@ -211,3 +215,54 @@ def test_accelerate_frees_what_it_holds():
     optimizer = accelerator.prepare(make(model))
     model, optimizer = accelerator.free_memory(model, optimizer)
     assert optimizer is None
+
+
+@attached_or_not
+def test_parameters_that_a_framework_replaces_after_asking_for_the_state(attached):
+    """As sharding does, and here to another shape: plans are made again while there was no step."""
+    model = small_model()
+    exchange = ScriptedExchange()
+    optimizer = make(model, attached, service=exchange)
+    optimizer.load_state_dict(optimizer.state_dict())
+    part = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer.param_groups[0]["params"] = list(part.parameters())
+    part(data()[0]).square().mean().backward()
+    optimizer.step()
+    assert [(b.name, b.sides) for b in exchange.session.blocks] == [
+        ("0.weight", (8, 6)),
+        ("2.weight", (3, 8)),
+    ]
+    assert len(optimizer.state_dict()["state"]) == 4
+
+
+@attached_or_not
+def test_accelerate_shards_with_fsdp2(attached):
+    """It wraps the optimizer first, and puts DTensors in the place of its parameters only then."""
+    expected = small_model()
+    x, y = data()
+    train_plainly = make(expected, attached)
+    for _ in range(8):
+        train_plainly.zero_grad()
+        nn.functional.mse_loss(expected(x), y).backward()
+        train_plainly.step()
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        accelerator = accelerate.Accelerator(cpu=True)
+        # Without a GPU it offers no FSDP, though its code does not depend on one.
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
+        )
+        model = small_model()
+        model, optimizer = accelerator.prepare(model, make(model, attached))
+        assert all(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
+        for _ in range(8):
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+        assert metrics_source(optimizer).metrics()["versions_adopted"] > 0
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p.full_tensor(), q)
+    finally:
+        torch.distributed.destroy_process_group()
