@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint
+from preconditioner_client import checkpoint, consolidation
 from preconditioner_client.config import (
     BlockingConfig,
     Grafting,
@@ -25,7 +25,7 @@ from preconditioner_client.config import (
     StalenessConfig,
     StatisticsConfig,
 )
-from preconditioner_client.distribution import AUTO, DistributedConfig, local
+from preconditioner_client.distribution import AUTO, DistributedConfig, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
@@ -109,6 +109,7 @@ class Attachment:
         self._grafting = grafting
         self._names = names
         self._moments: dict[torch.Tensor, dict[str, Any]] = {}
+        self._consolidated: dict[str, Any] | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_state_dict_post_hook(self._add_state),
@@ -137,9 +138,12 @@ class Attachment:
         """Statistics, versions and moments, free of anything but tensors and numbers.
 
         ``state``: one dict per parameter in the optimizer's order, with the keys of
-        :mod:`preconditioner_client.checkpoint`; beside it the format, step and epoch.
+        :mod:`preconditioner_client.checkpoint`; beside it the format, step, epoch and shards. Under several
+        ranks the blocks of this rank, or all after :meth:`consolidate_state_dict` and until the next step.
         """
         self._plan()
+        if self._consolidated is not None and self._consolidated[checkpoint.STEP_KEY] == self._engine.step:
+            return self._consolidated
         state = []
         for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
             for index, parameter in enumerate(group["params"]):
@@ -150,8 +154,23 @@ class Attachment:
             checkpoint.FORMAT_KEY: checkpoint.FORMAT,
             checkpoint.STEP_KEY: self._engine.step,
             checkpoint.EPOCH_KEY: self._engine.epoch,
+            checkpoint.SHARDS_KEY: self._engine.ranks.shards,
             "state": state,
         }
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Collect the state of all ranks, as ``Shampoo.consolidate_state_dict``.
+
+        What the user's optimizer keeps is not touched.
+        """
+        self._consolidated = None
+        own = self.state_dict()
+        numbers = iter(range(len(own["state"])))
+        groups = [{"params": [next(numbers) for _ in plan.names]} for plan in self._engine.plans]
+        numbered = {"state": dict(enumerate(own["state"])), "param_groups": groups}
+        whole = consolidation.collect(self._engine, numbered, to)
+        if whole is not None:
+            self._consolidated = {**own, "state": [whole["state"][i] for i in range(len(own["state"]))]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, in a new epoch.
@@ -162,6 +181,7 @@ class Attachment:
         self._plan()
         checkpoint.check_format(state_dict)
         saved: list[dict[str, Any]] = state_dict["state"]
+        shards = state_dict.get(checkpoint.SHARDS_KEY)
         groups = [group["params"] for group in self._optimizer.param_groups]
         if len(saved) != sum(map(len, groups)):
             raise ValueError(
@@ -172,18 +192,26 @@ class Attachment:
         stored = [[next(remaining) for _ in params] for params in groups]
         for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
             for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
-                checkpoint.check_state(state, {"second_moment": tuple(parameter.shape)}, plan, index)
+                # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
+                checkpoint.check_state(
+                    state or {"step": 0}, {"second_moment": tuple(parameter.shape)}, plan, index, shards
+                )
+        self._consolidated = None
         self._moments.clear()
         for params, states in zip(groups, stored, strict=True):
             for parameter, state in zip(params, states, strict=True):
                 own = {key: value for key, value in state.items() if not key.startswith("block.")}
                 if own:
                     self._moments[parameter] = {
-                        key: value.detach().clone().to(parameter.device) if torch.is_tensor(value) else value
+                        key: checkpoint.placed(value, parameter, self._engine.ranks)
                         for key, value in own.items()
                     }
         checkpoint.restore_blocks(
-            self._engine, stored, int(state_dict[checkpoint.STEP_KEY]), int(state_dict[checkpoint.EPOCH_KEY])
+            self._engine,
+            stored,
+            int(state_dict[checkpoint.STEP_KEY]),
+            int(state_dict[checkpoint.EPOCH_KEY]),
+            shards,
         )
 
     @torch.no_grad()
@@ -241,9 +269,9 @@ class Attachment:
             state = self._moments.setdefault(parameter, {"step": 0})
             state["step"] += 1
             if needs_second_moment(self._grafting) and "second_moment" not in state:
-                state["second_moment"] = torch.zeros_like(gradient)
+                state["second_moment"] = like(parameter, torch.zeros_like(gradient))
             states.append(state)
-        moments = [s["second_moment"] for s in states] if needs_second_moment(self._grafting) else []
+        moments = [local(s["second_moment"]) for s in states] if needs_second_moment(self._grafting) else []
         if moments:
             update_second_moments(self._grafting, moments, grads)
         weights = [local(p).detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]

@@ -323,7 +323,7 @@ def restore_blocks(
                 # torch.distributed.checkpoint leaves what it did not find as it was: without any updates.
                 recut = shards is not None and shards != plan.shards
                 known = f"{prefix}.updates" in state and (updates > 0 or not recut)
-                afresh += not known and int(state.get("step", 0)) > 0
+                afresh += recut and not known and int(state.get("step", 1)) > 0
                 own = state if known else {}
                 # Not all in the next step, but again spread over an interval.
                 begin = refresher.last_snapshot(held.block) % refresher.config.interval + step

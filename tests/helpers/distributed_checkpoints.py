@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from distributed_training import make_model, make_optimizer, train, weights
-from preconditioner_client import LocalExchange
+from distributed_training import SCHEDULED, make_model, make_optimizer, train, weights
+from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, attach
 from scripted_exchange import ScriptedExchange
 
 STOP, END = 10, 24
@@ -152,6 +152,66 @@ def training_after_an_initialisation_by_torch_is_as_without_it(folder):
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
 
 
+def what_is_asked_before_the_first_step_does_not_spoil_loading(folder):
+    """A frozen parameter has no state at all in torch's checkpoints."""
+    for name, first in (
+        ("nothing", lambda optimizer: None),
+        ("state", lambda optimizer: optimizer.state_dict()),
+    ):
+        path = folder / f"before-{name}"
+        pairs = []
+        for _ in range(2):
+            model = make_model()
+            model[2].weight.requires_grad_(False)
+            pairs.append((model, make_optimizer(model)))
+        for step in range(STOP + 5):
+            if step == STOP:
+                model, optimizer = pairs[1]
+                first(optimizer)
+                state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+                dcp.save({"optimizer": get_optimizer_state_dict(*pairs[0])}, checkpoint_id=path)
+                dcp.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(model, optimizer, state["optimizer"])
+                model.load_state_dict(pairs[0][0].state_dict())
+            for model, optimizer in pairs[: 1 + (step >= STOP)]:
+                train(model, optimizer, [step], without={2})
+        assert all(torch.equal(a, b) for a, b in zip(*map(weights, (pairs[0][0], pairs[1][0])), strict=True))
+
+
+def an_attached_preconditioner_resumes_from_one_file(folder):
+    def attached():
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        handle = attach(
+            optimizer,
+            model,
+            grafting=GraftingConfig(),
+            blocking=BlockingConfig(block_size=8),
+            staleness=SCHEDULED,
+            service=LocalExchange(1),
+        )
+        return model, optimizer, handle
+
+    uninterrupted, optimizer, _ = attached()
+    train(uninterrupted, optimizer, range(END))
+    model, optimizer, handle = attached()
+    train(model, optimizer, range(STOP))
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), folder / "attached-part.pt")
+    handle.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), folder / "attached.pt")
+    dist.barrier()
+    again, other, _ = attached()
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="lacks the block"):
+            other.load_state_dict(torch.load(folder / "attached-part.pt", weights_only=True))
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(torch.load(folder / "attached.pt", weights_only=True))
+    train(again, other, range(STOP, END))
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
+
+
 def a_first_step_with_a_learning_rate_of_zero_counts(folder):
     exchange = ScriptedExchange()
     model = make_model()
@@ -173,5 +233,7 @@ SCENARIOS = [
     save_with_torch,
     load_with_torch,
     training_after_an_initialisation_by_torch_is_as_without_it,
+    what_is_asked_before_the_first_step_does_not_spoil_loading,
+    an_attached_preconditioner_resumes_from_one_file,
     a_first_step_with_a_learning_rate_of_zero_counts,
 ]

@@ -290,6 +290,14 @@ def shards_of_replicas_give_the_bits_of_one_process(folder):
             shards = dist.get_world_size() // 2
             me = dist.get_rank() % shards
             assert torch.equal(replicas[me], replicas[me + shards])
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        states, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
+        for index, state in states.items():
+            assert state.keys() == expected[index].keys()
+            for key, value in state.items():
+                same = torch.equal(value, expected[index][key]) if torch.is_tensor(value) else None
+                assert same or value == expected[index][key], key
     model, optimizer = sharded(aligned, "hsdp", service=exchange)
     train(model, optimizer, range(1))
     told = on_all_ranks(
