@@ -16,6 +16,8 @@ GRID = Grid(
     start=AdamWSettings(lr=1e-3),
     steps=10,
     stages=[{"lr": [1e-3, 1e-2]}, {"beta2": [0.9, 0.99], "beta1": [0.9]}],
+    finalists=2,
+    final_seeds=[5],
 )
 
 
@@ -50,11 +52,25 @@ def test_diverged_trials_never_win():
     tuning = Tuning(
         grid=GRID,
         trials=[
-            Trial(settings=AdamWSettings(lr=1.0), final_loss=None),
-            Trial(settings=AdamWSettings(lr=0.1), final_loss=3.0),
+            Trial(settings=AdamWSettings(lr=1.0), seed=1, final_loss=None),
+            Trial(settings=AdamWSettings(lr=0.1), seed=1, final_loss=3.0),
         ],
     )
     assert tuning.best.lr == 0.1
+
+
+def test_the_best_is_the_finalist_with_the_lowest_mean():
+    losses = {0.1: (1.0, 3.0), 0.2: (1.5, 1.6), 0.3: (1.2, None), 0.4: (9.0,)}
+    tuning = Tuning(
+        grid=GRID,
+        trials=[
+            Trial(settings=AdamWSettings(lr=lr), seed=seed, final_loss=loss)
+            for lr, of_seeds in losses.items()
+            for seed, loss in zip((1, 5), of_seeds, strict=False)
+        ],
+    )
+    assert [settings.lr for settings in tuning.ranking()] == [0.1, 0.3, 0.2, 0.4]
+    assert tuning.best.lr == 0.2
 
 
 @pytest.mark.parametrize("name", ["adamw", "shampoo"])
@@ -62,10 +78,12 @@ def test_the_text_workload_has_committed_tunings_of_their_grids(name):
     tuning = committed("text", name)
     assert tuning is not None
     assert tuning.grid == GRIDS["text", name]
-    # Each stage was run around the best of those before, to the last combination.
-    tried = [trial.settings for trial in tuning.trials]
-    assert all(settings in tried for settings in combinations(tuning.best, tuning.grid.stages[-1]))
-    assert tuning.grid.seed != 0  # the seed of the demonstration
+    tried = [(trial.settings, trial.seed) for trial in tuning.trials]
+    finals = [
+        (s, seed) for s in tuning.ranking()[: tuning.grid.finalists] for seed in tuning.grid.final_seeds
+    ]
+    assert all(final in tried for final in finals)
+    assert 0 not in {seed for _, seed in tried}  # the seed of the demonstration
 
 
 def test_explicit_settings_win_over_tuned_ones():

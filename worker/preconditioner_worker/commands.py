@@ -219,7 +219,7 @@ class Tune(Command):
             changed = trial.settings.model_dump(include=trial.settings.model_fields_set - {"name"})
             varied = {field for stage in grid.stages for field in stage}
             shown = ", ".join(f"{key}={value}" for key, value in changed.items() if key in varied)
-            console.print(f"{loss}  {shown}", highlight=False)
+            console.print(f"{loss}  seed={trial.seed}, {shown}", highlight=False, soft_wrap=True)
 
         path = self.output or RUNS / "tune" / f"{self.workload}-{self.optimizer}.json"
         tuning = tune(grid, path, processes=self.processes, text=self.text, report=report)

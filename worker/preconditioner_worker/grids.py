@@ -17,6 +17,7 @@ GRIDS: Mapping[tuple[str, str], Grid] = {
             {"weight_decay": [0.03, 0.3]},
             {"beta2": [0.95, 0.999]},
             {"beta1": [0.95]},
+            {"lr": [2.5e-3, 3.5e-3]},
         ],
     ),
     # In exact virtual steps, about as late as a service beside the training process: it repeats bit for bit.
@@ -37,6 +38,7 @@ GRIDS: Mapping[tuple[str, str], Grid] = {
             {"grafting_beta2": [0.95]},
             {"weight_decay": [0.3]},
             {"ridge_value": [1e-4]},
+            {"lr": [4e-3, 5e-3]},
         ],
     ),
 }

@@ -1,18 +1,20 @@
 """Tuning over a committed grid, and the committed winners.
 
 A grid is a sequence of stages; a stage tries all combinations of its values around the best settings so far.
-Every trial is a whole run at the horizon it is meant for, with a seed that no comparison uses.
+The best of all are then run with further seeds, since one lucky run makes no good setting. Every trial is a
+whole run at the horizon it is meant for, with seeds that the demonstration does not use.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,6 +38,8 @@ class Grid(BaseModel):
         schedule: of the learning rate.
         seed: of weights and batches.
         stages: per stage, values to try by field of the settings.
+        finalists: how many of the best are run again with each of ``final_seeds``.
+        final_seeds: see above.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +50,8 @@ class Grid(BaseModel):
     schedule: Schedule = Schedule()
     seed: int = TUNING_SEED
     stages: list[dict[str, list[Any]]]
+    finalists: int = 3
+    final_seeds: list[int] = [2, 3]
 
 
 class Trial(BaseModel):
@@ -54,7 +60,13 @@ class Trial(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: AnyOptimizer
+    seed: int
     final_loss: float | None
+
+    @property
+    def score(self) -> float:
+        """The loss; infinite after a divergence."""
+        return math.inf if self.final_loss is None else self.final_loss
 
 
 class Tuning(BaseModel):
@@ -65,13 +77,23 @@ class Tuning(BaseModel):
     grid: Grid
     trials: list[Trial] = []
 
+    def ranking(self) -> list[AnyOptimizer]:
+        """All settings tried, by their losses with the grid's own seed, the best first."""
+        own = [trial for trial in self.trials if trial.seed == self.grid.seed]
+        return [trial.settings for trial in sorted(own, key=lambda trial: trial.score)]
+
     @property
     def best(self) -> AnyOptimizer:
-        """Settings of the lowest held-out loss so far; the grid's start before the first trial."""
-        done = [trial for trial in self.trials if trial.final_loss is not None]
-        if not done:
-            return self.grid.start
-        return min(done, key=lambda trial: trial.final_loss or math.inf).settings
+        """The finalist with the lowest mean loss over seeds; before the finals, the best so far."""
+        scores = [
+            (mean(trial.score for trial in self.trials if trial.settings == settings), settings)
+            for settings in self.ranking()
+            if {trial.seed for trial in self.trials if trial.settings == settings}
+            == {self.grid.seed, *self.grid.final_seeds}
+        ]
+        if scores:
+            return min(scores, key=lambda pair: pair[0])[1]
+        return next(iter(self.ranking()), self.grid.start)
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -131,14 +153,22 @@ def tune(
         raise ResultError(f"{str(path)!r} holds the results of another grid; remove it or choose another")
     # Spawned, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for stage in grid.stages:
-            best = tuning.best  # once a stage: its runs go in parallel
-            known = [trial.settings for trial in tuning.trials]
-            new = [settings for settings in combinations(best, stage) if settings not in known]
-            for trial in pool.map(_trial, itertools.repeat(grid), new, itertools.repeat(text)):
+
+        def run(wanted: Iterable[tuple[AnyOptimizer, int]]) -> None:
+            known = [(trial.settings, trial.seed) for trial in tuning.trials]
+            new = [pair for pair in wanted if pair not in known]
+            jobs = [pool.submit(_trial, grid, settings, seed, text) for settings, seed in new]
+            for job in jobs:
+                trial = job.result()
                 tuning.trials.append(trial)
                 tuning.save(path)
                 report(trial)
+
+        for stage in grid.stages:
+            best = next(iter(tuning.ranking()), grid.start)
+            run((settings, grid.seed) for settings in combinations(best, stage))
+        finalists = tuning.ranking()[: grid.finalists]
+        run((settings, seed) for settings in finalists for seed in grid.final_seeds)
     return tuning
 
 
@@ -148,7 +178,7 @@ def combinations(best: AnyOptimizer, stage: Mapping[str, list[Any]]) -> Iterator
         yield type(best).model_validate({**best.model_dump(), **dict(zip(stage, values, strict=True))})
 
 
-def _trial(grid: Grid, settings: AnyOptimizer, text: Path | None) -> Trial:
+def _trial(grid: Grid, settings: AnyOptimizer, seed: int, text: Path | None) -> Trial:
     result = train(
         open_workload(grid.workload, text=text),
         RunSettings(
@@ -156,9 +186,9 @@ def _trial(grid: Grid, settings: AnyOptimizer, text: Path | None) -> Trial:
             workload=grid.workload,
             optimizer=settings,
             schedule=grid.schedule,
-            seed=grid.seed,
+            seed=seed,
             steps=grid.steps,
             evaluate_every=grid.steps,
         ),
     )
-    return Trial(settings=settings, final_loss=None if result.diverged else result.final_loss)
+    return Trial(settings=settings, seed=seed, final_loss=None if result.diverged else result.final_loss)
