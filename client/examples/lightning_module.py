@@ -9,7 +9,8 @@
     python client/examples/lightning_module.py --attach                            # inside of AdamW instead
 
 Lightning calls ``optimizer.step(closure)``. Shampoo takes closures. An attached preconditioner must see the
-gradients that the closure computes, so there ``run_closure_first`` comes before ``attach``.
+gradients that the closure computes, so there ``run_closure_first`` comes before ``attach``. The callback logs
+the metrics; with several processes it also completes the checkpoints of an attached preconditioner.
 """
 
 from __future__ import annotations

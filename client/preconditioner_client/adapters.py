@@ -16,7 +16,6 @@ Nothing of TensorBoard, Hugging Face or Lightning is imported before one of thes
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -24,8 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-
-logger = logging.getLogger("preconditioner_client")
 
 PREFIX = "preconditioner/"
 """Before the name of every metric, so that they stand together and clash with none of the loop's own."""
@@ -88,19 +85,14 @@ def consolidate(optimizer: Any) -> None:
 
     Collective: all ranks call it just before the checkpoint is saved, as in
     ``accelerator.register_save_state_pre_hook(lambda *_: consolidate(optimizer))``. :func:`hf_callback` does
-    it by itself, and so does Lightning. With one process nothing changes.
+    it by itself. So does Lightning for Shampoo, and :func:`lightning_callback` for what was attached. With
+    one process nothing changes.
 
     Args:
         optimizer: see :func:`metrics_source`.
     """
-    collect = getattr(metrics_source(optimizer), "consolidate_state_dict", None)
-    if collect is None:
-        logger.warning(
-            "the checkpoint holds the statistics of rank 0 alone, since those of an attached preconditioner "
-            "are not collected; the other ranks gather theirs anew after a resume. Shampoo keeps them"
-        )
-        return
-    collect()
+    source: Any = metrics_source(optimizer)
+    source.consolidate_state_dict()
 
 
 class ScalarWriter(Protocol):
@@ -213,9 +205,23 @@ class _LightningMetrics:
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint, which rank 0 writes, with what is attached to optimizers on other ranks."""
+        if trainer.world_size == 1 or "optimizer_states" not in checkpoint:
+            return
+        for number, optimizer in enumerate(trainer.optimizers):
+            if getattr(optimizer, "_attached_preconditioner", None) is None:
+                continue
+            consolidate(optimizer)
+            if trainer.is_global_zero:
+                checkpoint["optimizer_states"][number] = optimizer.state_dict()
+
 
 def lightning_callback(optimizer: Any = None, every_n_steps: int | None = None, prefix: str = PREFIX) -> Any:
     """A Lightning ``Callback`` that sends the metrics to the loggers, and to ``trainer.callback_metrics``.
+
+    With several processes it also completes the checkpoints of attached preconditioners, see
+    :func:`consolidate`.
 
     Serves ``lightning`` as well as ``pytorch_lightning``: the one that the program has imported.
 

@@ -143,9 +143,9 @@ def test_fsdp2_goes_on_from_its_checkpoint(service, tmp_path):
         assert {result["step"] for result in results} == {steps}
 
 
-def all_statistics(model, state_dict):
+def all_statistics(model, states):
     """How many blocks of a model have statistics in a checkpoint, and how many there are."""
-    keys = [k for s in state_dict["state"].values() for k, v in s.items() if ".statistics." in k and v.any()]
+    keys = [k for s in states for k, v in s.items() if ".statistics." in k and v.any()]
     whole = Shampoo(model.named_parameters(), service=LocalExchange()).state_dict()
     expected = [k for s in whole["state"].values() for k in s if ".statistics." in k]
     return len(keys), len(expected)
@@ -156,7 +156,7 @@ def test_the_hugging_face_trainer_saves_the_state_of_all_ranks(example, service,
     _, errors = torchrun("hf_trainer", 2, *arguments)
     assert "consolidate_state_dict" not in errors
     saved = torch.load(tmp_path / "checkpoint-20" / "optimizer.pt", weights_only=True)
-    found, expected = all_statistics(example("hf_trainer").small_gpt2(), saved)
+    found, expected = all_statistics(example("hf_trainer").small_gpt2(), saved["state"].values())
     assert found == expected
     # And one process goes on from it.
     result = run(example("hf_trainer"), *arguments[:-1], 30, "--resume")
@@ -166,14 +166,16 @@ def test_the_hugging_face_trainer_saves_the_state_of_all_ranks(example, service,
 def test_accelerate_saves_the_state_of_all_ranks(example, service, tmp_path):
     torchrun("accelerate_loop", 2, "--service", service, "--checkpoint", tmp_path / "state", "--steps", 20)
     saved = torch.load(tmp_path / "state" / "optimizer.bin", weights_only=True)
-    found, expected = all_statistics(example("accelerate_loop").small_model(), saved)
+    found, expected = all_statistics(example("accelerate_loop").small_model(), saved["state"].values())
     assert found == expected
 
 
-def test_lightning_saves_the_state_of_all_ranks(example, service, tmp_path):
+@pytest.mark.parametrize("attach", [[], ["--attach"]])
+def test_lightning_saves_the_state_of_all_ranks(example, service, tmp_path, attach):
     path = tmp_path / "run.ckpt"
-    arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2]
+    arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2, *attach]
     launch([EXAMPLES / "lightning_module.py", *arguments], 2)
     saved = torch.load(path, weights_only=True)["optimizer_states"][0]
-    found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), saved)
+    states = saved["preconditioner"]["state"] if attach else saved["state"].values()
+    found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), states)
     assert found == expected
