@@ -37,17 +37,16 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from preconditioner_client.config import Adoption, StalenessConfig
+from preconditioner_client.block_state import block_state, restore_block
 from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
-from preconditioner_client.exchange import Snapshot
-from preconditioner_client.plan import GroupPlan, PlannedRow
+from preconditioner_client.plan import GroupPlan
 from preconditioner_client.refresh import NEVER
 
 if TYPE_CHECKING:
@@ -90,69 +89,11 @@ def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
 def _block_states(
     engine: Engine, plan: GroupPlan, index: int, taken: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
-    states: dict[str, Any] = {}
-    for held in plan.rows[index]:
-        of_block = block_state(engine, held, taken)
-        states.update({f"block.{held.key}.{suffix}": value for suffix, value in of_block.items()})
-    return states
-
-
-def block_state(
-    engine: Engine, held: PlannedRow, taken: Callable[[torch.Tensor], torch.Tensor] = torch.clone
-) -> dict[str, Any]:
-    """State of one block of this rank, by what follows ``block.B.`` in the keys.
-
-    Args:
-        engine: that keeps it.
-        held: the block.
-        taken: makes what is given away of statistics and preconditioners.
-    """
-    refresher, stack = engine.refresher, held.entry.stack
-    state: dict[str, Any] = {
-        "updates": stack.updates[held.row],
-        "version": int(refresher.versions[held.block]),
-        "first_adopted": int(refresher.first_adopted[held.block]),
-        "last_snapshot": refresher.last_snapshot(held.block),
+    return {
+        f"block.{held.key}.{suffix}": value
+        for held in plan.rows[index]
+        for suffix, value in block_state(engine, held, taken).items()
     }
-    for side, statistics in enumerate(stack.statistics):
-        state[f"statistics.{side}"] = taken(statistics[held.row])
-        state[f"preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
-    if refresher.config.adoption is Adoption.SCHEDULED:
-        state.update({f"in_flight.{key}": value for key, value in _in_flight(engine, held)})
-    return state
-
-
-def blank_block_state(sides: Sequence[int], config: StalenessConfig) -> dict[str, Any]:
-    """The keys of :func:`block_state` for a block with these sides, with tensors of the right shapes."""
-    state: dict[str, Any] = dict.fromkeys(("updates", "version", "first_adopted", "last_snapshot"), 0)
-    for side, n in enumerate(sides):
-        state[f"statistics.{side}"] = torch.empty(n, n)
-        state[f"preconditioner.{side}"] = torch.empty(n, n)
-    if config.adoption is Adoption.SCHEDULED:
-        places = config.snapshots_in_flight
-        state["in_flight.steps"] = torch.empty(places, dtype=torch.int64)
-        for side, n in enumerate(sides):
-            state[f"in_flight.{side}"] = torch.empty(places, n * (n + 1) // 2)
-    return state
-
-
-def _in_flight(engine: Engine, held: PlannedRow) -> list[tuple[str, torch.Tensor]]:
-    """The newest snapshots of a block that a schedule waits for; those before them come too late anyway."""
-    places = engine.refresher.config.snapshots_in_flight
-    stack = held.entry.stack
-    under_way = [s for (block, _), s in sorted(engine.refresher.scheduled.items()) if block == held.block]
-    under_way = under_way[-places:]
-    steps = torch.full((places,), NEVER, dtype=torch.int64)
-    packed = [torch.zeros(places, n * (n + 1) // 2) for n in stack.sides]
-    for place, snapshot in enumerate(under_way):
-        if snapshot.ready is not None:
-            snapshot.ready.synchronize()
-        steps[place] = snapshot.step
-        for kept, side in zip(packed, snapshot.sides, strict=True):
-            kept[place] = side
-    result = [("steps", steps), *((str(side), kept) for side, kept in enumerate(packed))]
-    # On the parameter's device, where torch.distributed.checkpoint wants all tensors of a state.
-    return [(key, tensor.to(stack.device)) for key, tensor in result]
 
 
 def exported(engine: Engine, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -314,30 +255,23 @@ def restore_blocks(
     versions, first, last = (np.full(refresher.versions.size, NEVER, dtype=np.int64) for _ in range(3))
     refresher.scheduled.clear()
     afresh = 0
+    recut = shards is not None and shards != engine.ranks.shards
     for plan, states in zip(engine.plans, stored, strict=True):
         for rows, state in zip(plan.rows, states, strict=True):
+            blocks: dict[str, dict[str, Any]] = {}
+            for key, value in state.items():
+                if match := _BLOCK.fullmatch(key):
+                    blocks.setdefault(match[1], {})[match[2]] = value
             for held in rows:
-                prefix = f"block.{held.key}"
-                stack = held.entry.stack
-                updates = int(state.get(f"{prefix}.updates", 0))
+                own = blocks.get(held.key, {})
                 # torch.distributed.checkpoint leaves what it did not find as it was: without any updates.
-                recut = shards is not None and shards != plan.shards
-                known = f"{prefix}.updates" in state and (updates > 0 or not recut)
-                afresh += recut and not known and int(state.get("step", 1)) > 0
-                own = state if known else {}
+                if recut and not own.get("updates", 0):
+                    own = {}
+                    afresh += int(state.get("step", 1)) > 0
                 # Not all in the next step, but again spread over an interval.
                 begin = refresher.last_snapshot(held.block) % refresher.config.interval + step
-                versions[held.block] = int(own.get(f"{prefix}.version", NEVER))
-                first[held.block] = int(own.get(f"{prefix}.first_adopted", NEVER))
-                last[held.block] = int(own.get(f"{prefix}.last_snapshot", begin))
-                stack.updates[held.row] = updates
-                for side, (statistics, preconditioners) in enumerate(
-                    zip(stack.statistics, stack.preconditioners, strict=True)
-                ):
-                    _copy_or_zero(statistics[held.row], own.get(f"{prefix}.statistics.{side}"))
-                    _copy_or_zero(preconditioners[held.row], own.get(f"{prefix}.preconditioner.{side}"))
-                if refresher.config.adoption is Adoption.SCHEDULED:
-                    _read_in_flight(engine, held, own)
+                block = held.block
+                versions[block], first[block], last[block] = restore_block(engine, held, own, begin)
     if afresh:
         logger.warning(
             "%d of %d blocks of this rank start with new statistics: the checkpoint was written with other "
@@ -355,24 +289,3 @@ def placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
         return copy.copy(value)
     held = local(value) if is_dtensor(value) else held_part(parameter, value, ranks)
     return like(parameter, held.detach().clone().to(parameter.device))
-
-
-def _copy_or_zero(target: torch.Tensor, source: torch.Tensor | None) -> None:
-    if source is None:
-        target.zero_()
-    else:
-        target.copy_(source)
-
-
-def _read_in_flight(engine: Engine, held: PlannedRow, stored: dict[str, Any]) -> None:
-    steps = stored.get(f"block.{held.key}.in_flight.steps")
-    if steps is None:
-        return
-    kept = [
-        stored[f"block.{held.key}.in_flight.{side}"].detach().cpu()
-        for side in range(len(held.entry.stack.sides))
-    ]
-    for place, step in enumerate(steps.tolist()):
-        if step != NEVER:
-            sides = tuple(side[place].clone() for side in kept)
-            engine.refresher.scheduled[held.block, step] = Snapshot(held.block, step, sides)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from preconditioner_client import checkpoint
+from preconditioner_client.block_state import blank_block_state, block_state
 from preconditioner_client.distribution import is_dtensor, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.plan import PlannedRow
@@ -72,7 +72,7 @@ def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
             if me == owner:
                 _send(engine, held[block.member.parameter, block.key], to, device)
             else:
-                state = checkpoint.blank_block_state(block.sides, engine.refresher.config)
+                state = blank_block_state(block.sides, engine.refresher.config)
                 _receive(state, owner, device)
                 of_group[block.member.parameter].update(
                     {f"block.{block.key}.{k}": v for k, v in state.items()}
@@ -82,7 +82,7 @@ def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
 
 
 def _send(engine: Engine, held: PlannedRow, to: int, device: torch.device) -> None:
-    state = checkpoint.block_state(engine, held)
+    state = block_state(engine, held)
     numbers = [value for value in state.values() if not torch.is_tensor(value)]
     dist.send(torch.tensor(numbers, device=device), to)
     for value in state.values():
