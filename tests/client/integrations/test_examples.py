@@ -79,6 +79,16 @@ def test_the_hugging_face_trainer_resumes_bit_for_bit(example, service, tmp_path
     assert weights.read_bytes() == uninterrupted
 
 
+def test_the_reporters_of_the_hugging_face_trainer_see_the_metrics(example, service, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    arguments = ["--service", service, "--steps", 10, "--output", tmp_path, "--report-to", "tensorboard"]
+    run(example("hf_trainer"), *arguments)
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [e.value for e in events.Scalars("train/preconditioner/step")] == [10.0]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_accelerate_loop_goes_on_from_its_state(example, service, tmp_path, precision):
     loop = example("accelerate_loop")
@@ -170,12 +180,10 @@ def test_accelerate_saves_the_state_of_all_ranks(example, service, tmp_path):
     assert found == expected
 
 
-@pytest.mark.parametrize("attach", [[], ["--attach"]])
-def test_lightning_saves_the_state_of_all_ranks(example, service, tmp_path, attach):
+def test_lightning_saves_what_is_attached_on_all_ranks(example, service, tmp_path):
     path = tmp_path / "run.ckpt"
-    arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2, *attach]
+    arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2, "--attach"]
     launch([EXAMPLES / "lightning_module.py", *arguments], 2)
-    saved = torch.load(path, weights_only=True)["optimizer_states"][0]
-    states = saved["preconditioner"]["state"] if attach else saved["state"].values()
-    found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), states)
+    saved = torch.load(path, weights_only=True)["optimizer_states"][0]["preconditioner"]["state"]
+    found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), saved)
     assert found == expected

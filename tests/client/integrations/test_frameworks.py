@@ -138,6 +138,15 @@ def test_lightning_resumes_bit_for_bit(tmp_path, attached):
     assert equal_weights(uninterrupted.model, resumed.model)
 
 
+def test_lightning_collects_the_state_of_all_ranks_by_itself(tmp_path, monkeypatch):
+    """It asks every optimizer for a method of this name, which is why it has it."""
+    asked = []
+    monkeypatch.setattr(Shampoo, "consolidate_state_dict", asked.append)
+    trainer = fit(Module(), tmp_path, enable_checkpointing=False)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert asked == trainer.optimizers
+
+
 @attached_or_not
 def test_lightning_scales_the_loss_of_half_precision(tmp_path, attached):
     """Its precision plugin unscales and clips by itself, and calls step without a closure."""
