@@ -27,24 +27,16 @@ from preconditioner_client.config import (
     StalenessConfig,
     StatisticsConfig,
 )
-from preconditioner_client.distribution import AUTO, DistributedConfig, like, local
+from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
-from preconditioner_client.grafting import (
-    directions,
-    needs_second_moment,
-    owns_weight_decay,
-    update_second_moments,
-)
-from preconditioner_client.plan import GroupPlan, GroupSettings
-from preconditioner_client.refresh import Mask
+from preconditioner_client.gradients import check_finite, working_gradients
+from preconditioner_client.groups import check_group
+from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.update_rule import MaybeTensors, apply_updates, directions_of, states_of
 
 logger = logging.getLogger("preconditioner_client")
-
-Tensors = list[torch.Tensor]
-MaybeTensors = list[torch.Tensor | None]
 
 
 class Shampoo(Optimizer):
@@ -132,7 +124,7 @@ class Shampoo(Optimizer):
         """Add a group, also in the middle of training; its blocks join the session with the next step."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -169,18 +161,18 @@ class Shampoo(Optimizer):
             return loss
         if self._is_initialised_by_torch(gradients):
             for group, of_group in zip(self.param_groups, gradients, strict=True):
-                self._states_of(group, of_group, momentum_too=group["momentum"] > 0)
+                states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
             checkpoint.write(self, engine)
             return loss
         check_finite(gradients, [plan.names for plan in engine.plans], engine.ranks.maximum_over_shards)
         usable = engine.advance(gradients)
         updates = [
-            self._directions(group, plan, of_group, usable)
+            directions_of(engine, self.state, group, plan, of_group, usable)
             for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
         ]
         engine.share(updates)
         for group, of_group in zip(self.param_groups, updates, strict=True):
-            self._apply(group, of_group)
+            apply_updates(self.state, group, of_group)
         return loss
 
     def metrics(self) -> dict[str, Any]:
@@ -279,150 +271,3 @@ class Shampoo(Optimizer):
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
-
-    def _directions(
-        self, group: dict[str, Any], plan: GroupPlan, gradients: MaybeTensors, usable: Mask
-    ) -> MaybeTensors:
-        """The direction of every parameter with a gradient, this rank's blocks preconditioned."""
-        grafting: GraftingConfig = group["grafting"]
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        if not present:
-            return gradients
-        grads = [cast(torch.Tensor, gradients[i]) for i in present]
-        states = self._states_of(group, gradients)
-        for state in states:
-            state["step"] += 1
-        steps = [int(state["step"]) for state in states]
-
-        filtered = grads
-        if group["beta1"] > 0:
-            averages = [local(state["exp_avg"]) for state in states]
-            torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
-            filtered = list(torch._foreach_div(averages, [1 - group["beta1"] ** t for t in steps]))
-        moments = [local(state["second_moment"]) for state in states] if needs_second_moment(grafting) else []
-        if moments:
-            update_second_moments(grafting, moments, grads)
-        weights = [
-            local(group["params"][i]).detach().to(g.dtype) for i, g in zip(present, grads, strict=True)
-        ]
-        norms = cast(Engine, self._engine).ranks.norms
-        diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
-        updates = _spread([d.contiguous() for d in diagonal], present, gradients)
-        sources = _spread(filtered, present, gradients)
-        cast(Engine, self._engine).precondition(plan, sources, updates, grafting, usable)
-        return updates
-
-    def _apply(self, group: dict[str, Any], updates: MaybeTensors) -> None:
-        """Momentum, weight decay and the step itself, for every parameter that has an update."""
-        present = [(p, u) for p, u in zip(group["params"], updates, strict=True) if u is not None]
-        if not present:
-            return
-        directions = [u for _, u in present]
-        if group["momentum"] > 0:
-            directions = _momentum(group, [p for p, _ in present], self.state, directions)
-        _apply(group, [local(p) for p, _ in present], directions)
-
-    def _states_of(
-        self, group: dict[str, Any], gradients: MaybeTensors, momentum_too: bool = False
-    ) -> list[dict[str, Any]]:
-        """State of every parameter with a gradient, made where it is missing."""
-        wanted = []
-        if group["beta1"] > 0:
-            wanted.append("exp_avg")
-        if needs_second_moment(group["grafting"]):
-            wanted.append("second_moment")
-        if momentum_too:
-            wanted.append("momentum_buffer")
-        states = []
-        for parameter, gradient in zip(group["params"], gradients, strict=True):
-            if gradient is None:
-                continue
-            state: dict[str, Any] = self.state[parameter]
-            state.setdefault("step", 0)
-            for key in wanted:
-                if key not in state:
-                    state[key] = like(parameter, torch.zeros_like(gradient))
-            states.append(state)
-        return states
-
-
-def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> MaybeTensors:
-    """Tensors of the parameters that have a gradient, at their positions in the group."""
-    spread: MaybeTensors = [None] * len(pattern)
-    for position, tensor in zip(present, tensors, strict=True):
-        spread[position] = tensor
-    return spread
-
-
-def _momentum(group: dict[str, Any], params: Tensors, states: Any, updates: Tensors) -> Tensors:
-    """Heavy ball as in ``torch.optim.SGD``: the first update starts the buffer undampened."""
-    momentum = group["momentum"]
-    result = []
-    for parameter, update in zip(params, updates, strict=True):
-        state = states[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = like(parameter, update.clone())
-        elif state["step"] == 1:  # it was made for a checkpoint to be loaded into, and nothing was
-            local(state["momentum_buffer"]).copy_(update)
-        else:
-            local(state["momentum_buffer"]).mul_(momentum).add_(update, alpha=1 - group["dampening"])
-        buffer = local(state["momentum_buffer"])
-        result.append(update.add(buffer, alpha=momentum) if group["nesterov"] else buffer)
-    return result
-
-
-def _apply(group: dict[str, Any], params: Tensors, updates: Tensors) -> None:
-    lr = group["lr"]
-    decays = group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"])
-    if group["weight_decay"] != 0 and decays:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    cast_updates = [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(params, updates, strict=True)]
-    if isinstance(lr, torch.Tensor):
-        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in cast_updates])
-    else:
-        torch._foreach_add_(params, cast_updates, alpha=-lr)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr = float(group["lr"])
-    if not lr > 0:
-        raise ValueError(f"lr must be > 0, not {lr}; schedulers may lower it to 0 later")
-    if not 0 <= group["beta1"] < 1:
-        raise ValueError(f"beta1 must be in [0, 1), not {group['beta1']}")
-    for key in ("momentum", "dampening", "weight_decay"):
-        if not group[key] >= 0:
-            raise ValueError(f"{key} must be >= 0, not {group[key]}")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-        raise ValueError("nesterov needs momentum > 0 and dampening 0")
-    known = {
-        "grafting": GraftingConfig,
-        "statistics": StatisticsConfig,
-        "blocking": BlockingConfig,
-        "root": RootConfig,
-    }
-    for key, kind in known.items():
-        if not isinstance(group[key], kind):
-            raise ValueError(f"{key} must be a {kind.__name__}, not {group[key]!r}")
-    unknown = set(group) - set(known) - _GROUP_KEYS
-    if unknown:
-        raise ValueError(f"unknown key in a parameter group: {sorted(unknown)}; known: {sorted(_GROUP_KEYS)}")
-    for index, parameter in enumerate(group["params"]):
-        names = group.get("param_names")
-        check_parameter(parameter, str(names[index]) if names else f"parameter {index}")
-
-
-_GROUP_KEYS = {
-    "params",
-    "param_names",
-    "lr",
-    "initial_lr",
-    "beta1",
-    "momentum",
-    "dampening",
-    "nesterov",
-    "weight_decay",
-    "decoupled_weight_decay",
-    "maximize",
-    "name",
-    "lr_scale",
-}

@@ -1,0 +1,160 @@
+"""The arithmetic of a step around the preconditioner: moments, grafting, momentum, weight decay.
+
+Steps are numbered as in :mod:`preconditioner_client.shampoo`. All tensors are what this rank holds of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+
+from preconditioner_client.config import GraftingConfig
+from preconditioner_client.distribution import like, local
+from preconditioner_client.engine import Engine
+from preconditioner_client.grafting import (
+    directions,
+    needs_second_moment,
+    owns_weight_decay,
+    update_second_moments,
+)
+from preconditioner_client.plan import GroupPlan
+from preconditioner_client.refresh import Mask
+
+Tensors = list[torch.Tensor]
+MaybeTensors = list[torch.Tensor | None]
+States = defaultdict[torch.Tensor, Any]
+
+
+def directions_of(
+    engine: Engine,
+    states: States,
+    group: dict[str, Any],
+    plan: GroupPlan,
+    gradients: MaybeTensors,
+    usable: Mask,
+) -> MaybeTensors:
+    """Steps 3 and 4: directions of all parameters with a gradient, the blocks of this rank preconditioned.
+
+    Args:
+        engine: that preconditions.
+        states: of the optimizer; moments advance.
+        group: of parameters.
+        plan: of the group.
+        gradients: of the group, what this rank holds of them.
+        usable: as :meth:`Engine.advance` returned it.
+
+    Returns:
+        New contiguous tensors; None for a parameter without a gradient.
+    """
+    grafting: GraftingConfig = group["grafting"]
+    present = [i for i, g in enumerate(gradients) if g is not None]
+    if not present:
+        return gradients
+    grads = [cast(torch.Tensor, gradients[i]) for i in present]
+    own = states_of(states, group, gradients)
+    for state in own:
+        state["step"] += 1
+    steps = [int(state["step"]) for state in own]
+
+    filtered = grads
+    if group["beta1"] > 0:
+        averages = [local(state["exp_avg"]) for state in own]
+        torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
+        filtered = list(torch._foreach_div(averages, [1 - group["beta1"] ** t for t in steps]))
+    moments = [local(state["second_moment"]) for state in own] if needs_second_moment(grafting) else []
+    if moments:
+        update_second_moments(grafting, moments, grads)
+    weights = [local(group["params"][i]).detach().to(g.dtype) for i, g in zip(present, grads, strict=True)]
+    norms = engine.ranks.norms
+    diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
+    updates = _spread([d.contiguous() for d in diagonal], present, gradients)
+    sources = _spread(filtered, present, gradients)
+    engine.precondition(plan, sources, updates, grafting, usable)
+    return updates
+
+
+def apply_updates(states: States, group: dict[str, Any], updates: MaybeTensors) -> None:
+    """Step 5, for every parameter that has an update: momentum, weight decay, and the step itself.
+
+    Args:
+        states: of the optimizer; momentum buffers advance.
+        group: of parameters.
+        updates: of :func:`directions_of`, complete.
+    """
+    present = [(p, u) for p, u in zip(group["params"], updates, strict=True) if u is not None]
+    if not present:
+        return
+    found = [u for _, u in present]
+    if group["momentum"] > 0:
+        found = _momentum(group, [p for p, _ in present], states, found)
+    _apply(group, [local(p) for p, _ in present], found)
+
+
+def states_of(
+    states: States, group: dict[str, Any], gradients: MaybeTensors, momentum_too: bool = False
+) -> list[dict[str, Any]]:
+    """State of every parameter with a gradient, made where it is missing.
+
+    Args:
+        states: of the optimizer.
+        group: of parameters.
+        gradients: of the group; state has their dtype, and the placement of the parameters.
+        momentum_too: make the momentum's buffer as well, which otherwise comes with the first update.
+    """
+    wanted = []
+    if group["beta1"] > 0:
+        wanted.append("exp_avg")
+    if needs_second_moment(group["grafting"]):
+        wanted.append("second_moment")
+    if momentum_too:
+        wanted.append("momentum_buffer")
+    found = []
+    for parameter, gradient in zip(group["params"], gradients, strict=True):
+        if gradient is None:
+            continue
+        state: dict[str, Any] = states[parameter]
+        state.setdefault("step", 0)
+        for key in wanted:
+            if key not in state:
+                state[key] = like(parameter, torch.zeros_like(gradient))
+        found.append(state)
+    return found
+
+
+def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> MaybeTensors:
+    """Tensors of the parameters that have a gradient, at their positions in the group."""
+    spread: MaybeTensors = [None] * len(pattern)
+    for position, tensor in zip(present, tensors, strict=True):
+        spread[position] = tensor
+    return spread
+
+
+def _momentum(group: dict[str, Any], params: Tensors, states: States, updates: Tensors) -> Tensors:
+    """Heavy ball as in ``torch.optim.SGD``: the first update starts the buffer undampened."""
+    momentum = group["momentum"]
+    result = []
+    for parameter, update in zip(params, updates, strict=True):
+        state = states[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = like(parameter, update.clone())
+        elif state["step"] == 1:  # it was made for a checkpoint to be loaded into, and nothing was
+            local(state["momentum_buffer"]).copy_(update)
+        else:
+            local(state["momentum_buffer"]).mul_(momentum).add_(update, alpha=1 - group["dampening"])
+        buffer = local(state["momentum_buffer"])
+        result.append(update.add(buffer, alpha=momentum) if group["nesterov"] else buffer)
+    return result
+
+
+def _apply(group: dict[str, Any], params: Tensors, updates: Tensors) -> None:
+    lr = group["lr"]
+    decays = group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"])
+    if group["weight_decay"] != 0 and decays:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    cast_updates = [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(params, updates, strict=True)]
+    if isinstance(lr, torch.Tensor):
+        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in cast_updates])
+    else:
+        torch._foreach_add_(params, cast_updates, alpha=-lr)
