@@ -141,7 +141,7 @@ def test_lightning_resumes_bit_for_bit(tmp_path, attached):
 def test_lightning_collects_the_state_of_all_ranks_by_itself(tmp_path, monkeypatch):
     """It asks every optimizer for a method of this name, which is why it has it."""
     asked = []
-    monkeypatch.setattr(Shampoo, "consolidate_state_dict", asked.append)
+    monkeypatch.setattr(Shampoo, "consolidate_state_dict", lambda self: asked.append(self))
     trainer = fit(Module(), tmp_path, enable_checkpointing=False)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert asked == trainer.optimizers
