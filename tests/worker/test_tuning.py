@@ -33,11 +33,10 @@ def test_a_grid_runs_goes_on_and_keeps_what_it_has(tmp_path, monkeypatch):
     seen: list[Trial] = []
     done = tune(GRID, path, report=seen.append)
     # beta2 = 0.99 is the default, so one of the second stage was run by the first.
-    assert [(t.settings.lr, t.settings.beta2) for t in done.trials] == [
-        (1e-3, 0.99),
-        (1e-2, 0.99),
-        (1e-2, 0.9),
-    ]
+    tried = [(trial.settings.lr, trial.settings.beta2, trial.seed) for trial in done.trials]
+    assert tried[:3] == [(1e-3, 0.99, 1), (1e-2, 0.99, 1), (1e-2, 0.9, 1)]
+    assert [seed for _, _, seed in tried[3:]] == [5, 5]
+    assert [trial.settings for trial in done.trials[3:]] == done.ranking()[:2]
     assert seen == done.trials
     assert done.best.lr == 1e-2
     assert load_tuning(path) == done
@@ -89,7 +88,7 @@ def test_the_text_workload_has_committed_tunings_of_their_grids(name):
 def test_explicit_settings_win_over_tuned_ones():
     tuned = committed("text", "shampoo")
     settled = settle("text", "shampoo", ShampooSettings(beta1=0.5))
-    assert settled == tuned.best.model_copy(update={"beta1": 0.5})
+    assert settled == tuned.best.model_copy(update={"beta1": 0.5, "service": "embedded"})
     assert settle("digits", "sgd").lr == 0.1
     assert horizon("text", "shampoo") == tuned.grid.steps
     assert horizon("text", "shampoo", 7) == 7
