@@ -42,7 +42,9 @@ def test_a_grid_runs_goes_on_and_keeps_what_it_has(tmp_path, monkeypatch):
     assert load_tuning(path) == done
 
     monkeypatch.setattr(module, "_trial", None)
-    assert tune(GRID, path).trials == done.trials  # nothing is run again
+    seen.clear()
+    assert tune(GRID, path, report=seen.append).trials == done.trials
+    assert not seen  # nothing is run again
     with pytest.raises(ResultError, match="another grid"):
         tune(GRID.model_copy(update={"steps": 11}), path)
 

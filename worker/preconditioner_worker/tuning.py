@@ -164,9 +164,13 @@ def tune(
                 tuning.save(path)
                 report(trial)
 
+        passed: list[AnyOptimizer] = []
         for stage in grid.stages:
-            best = next(iter(tuning.ranking()), grid.start)
-            run((settings, grid.seed) for settings in combinations(best, stage))
+            # Only what earlier stages tried, so that a run that goes on takes the same path.
+            best = next((s for s in tuning.ranking() if s in passed), grid.start)
+            wanted = list(combinations(best, stage))
+            run((settings, grid.seed) for settings in wanted)
+            passed += wanted
         finalists = tuning.ranking()[: grid.finalists]
         run((settings, seed) for settings in finalists for seed in grid.final_seeds)
     return tuning
