@@ -16,6 +16,10 @@ import torch.distributed as dist
 from preconditioner_client.distribution import Ranks
 
 _TEXT_BYTES = 512
+_HINT = (
+    "make the optimizer alike on all ranks, or give DistributedConfig(process_group=...) with the ranks that "
+    "hold the same parameters"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def _difference(
     summary = f"at step {step}, {len(texts)} parameters, {common}"
     told = _told(summary, ranks, device)
     if len(set(told.values())) > 1:
-        return "the ranks do not train the same: " + _listed(told)
+        return f"the ranks do not train the same: {_listed(told)}; {_HINT}"
     for kind, digests, groups in (
         ("is not the same parameter on all ranks", texts, ranks.groups),
         ("does not have the same weights on all its replicas", values, (ranks.replica_group,)),
@@ -100,13 +104,13 @@ def _difference(
         if first < len(digests):
             told = _told(parameters[first].text, ranks, device)
             hint = (
-                "; make the model alike on all ranks before the optimizer's first step"
+                f"; {_HINT}"
                 if digests is texts
                 else '; wrap the model in DistributedDataParallel, or give distributed="off" if every rank '
                 "trains a model of its own"
             )
             return f"{parameters[first].text.split(' ')[0]} {kind}: {_listed(told)}{hint}"
-    return "the ranks do not train the same"
+    return f"the ranks do not train the same; {_HINT}"
 
 
 def _checksums(parameters: Sequence[Described]) -> list[int]:

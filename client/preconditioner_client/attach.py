@@ -28,7 +28,12 @@ from preconditioner_client.config import (
 from preconditioner_client.distribution import AUTO, DistributedConfig, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import check_finite, check_parameter, working_gradients
+from preconditioner_client.gradients import (
+    check_finite,
+    check_parameter,
+    only_initialises,
+    working_gradients,
+)
 from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
@@ -237,6 +242,8 @@ class Attachment:
             for group, plan in zip(optimizer.param_groups, plans, strict=True)
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
+            return
+        if only_initialises(optimizer, gradients):
             return
         check_finite(gradients, [plan.names for plan in plans], self._engine.ranks.maximum_over_shards)
         usable = self._engine.advance(gradients)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from preconditioner_client.distribution import local
 from preconditioner_client.grafting import owns_weight_decay
@@ -58,6 +59,17 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
             gradient = gradient.add(local(parameter).to(gradient.dtype), alpha=coupled)
         gradients.append(gradient)
     return gradients
+
+
+def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Tensor | None]]) -> bool:
+    """Whether a step is torch.distributed.checkpoint's, which wants nothing but the state's tensors.
+
+    It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero. That
+    must count as no step, touch no statistics and start no session.
+    """
+    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
 
 
 def check_finite(

@@ -30,11 +30,11 @@ from preconditioner_client.config import (
 from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import check_finite, working_gradients
+from preconditioner_client.gradients import check_finite, only_initialises, working_gradients
 from preconditioner_client.groups import check_group
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
-from preconditioner_client.update_rule import MaybeTensors, apply_updates, directions_of, states_of
+from preconditioner_client.update_rule import apply_updates, directions_of, states_of
 
 logger = logging.getLogger("preconditioner_client")
 
@@ -159,7 +159,7 @@ class Shampoo(Optimizer):
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return loss
-        if self._is_initialised_by_torch(gradients):
+        if only_initialises(self, gradients):
             for group, of_group in zip(self.param_groups, gradients, strict=True):
                 states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
             checkpoint.write(self, engine)
@@ -183,7 +183,7 @@ class Shampoo(Optimizer):
         refreshes); ``versions_adopted``, ``outdated`` and ``refused`` (NACKs); ``waits``, ``wait_seconds``,
         ``wait_timeouts``, ``breaker_open``; ``blocks_grafted_stale`` and ``blocks_kept_stale`` (blocks x
         steps beyond the bound); ``late_adoptions`` (after their scheduled step); and the exchange's
-        counters, see :meth:`Exchange.counters`.
+        counters, see :meth:`Exchange.counters`. Among several ranks all of it is about this rank's blocks.
         """
         return cast(Engine, self._engine).metrics()
 
@@ -262,12 +262,3 @@ class Shampoo(Optimizer):
                 names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
             )
         return engine
-
-    def _is_initialised_by_torch(self, gradients: list[MaybeTensors]) -> bool:
-        """Whether this step is torch.distributed.checkpoint's, which wants nothing but the state's tensors.
-
-        It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero.
-        """
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)

@@ -212,6 +212,17 @@ def an_attached_preconditioner_resumes_from_one_file(folder):
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
 
 
+def an_attached_preconditioner_is_not_stepped_by_torch(folder):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    exchange = ScriptedExchange()
+    handle = attach(optimizer, model, service=exchange)
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state
+    assert handle.metrics()["step"] == 0
+    assert exchange.session is None
+
+
 def a_first_step_with_a_learning_rate_of_zero_counts(folder):
     exchange = ScriptedExchange()
     model = make_model()
@@ -235,5 +246,6 @@ SCENARIOS = [
     training_after_an_initialisation_by_torch_is_as_without_it,
     what_is_asked_before_the_first_step_does_not_spoil_loading,
     an_attached_preconditioner_resumes_from_one_file,
+    an_attached_preconditioner_is_not_stepped_by_torch,
     a_first_step_with_a_learning_rate_of_zero_counts,
 ]

@@ -6,11 +6,13 @@ lists, each called on every rank with a folder that all ranks share.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 _HELPERS = Path(__file__).parent
 
@@ -35,7 +37,6 @@ def run_ranks(
         str(_HELPERS / "distributed_main.py"), module, str(folder), *only,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
-    # A session of its own, so that torchrun and all ranks can be ended together.
     process = subprocess.Popen(
         command,
         env=environment,
@@ -43,12 +44,14 @@ def run_ranks(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # The ranks are in sessions of their own.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         output, _ = process.communicate()
         output += f"\nended after {timeout} s"
     return Outcome(output)

@@ -279,17 +279,17 @@ def a_part_of_other_shards_is_refused_by_name(folder):
 def shards_of_replicas_give_the_bits_of_one_process(folder):
     exchange = ScriptedExchange()
     model, optimizer = sharded(aligned, "hsdp")
+    mesh = model[0].weight.device_mesh
     single, reference = alone(aligned)
     for step in range(12):
         train(model, optimizer, [step])
         train(single, reference, [step])
         assert_same(model, single)
-        for p in model.parameters():
-            local = p.to_local().detach().clone()
-            replicas = on_all_ranks(local)
-            shards = dist.get_world_size() // 2
-            me = dist.get_rank() % shards
-            assert torch.equal(replicas[me], replicas[me + shards])
+        held = torch.cat([p.to_local().detach().reshape(-1) for p in model.parameters()])
+        group = mesh.get_group("replicate")
+        replicas = [torch.empty_like(held) for _ in range(2)]
+        dist.all_gather(replicas, held, group=group)
+        assert torch.equal(*replicas)
     optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
         states, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
