@@ -35,6 +35,7 @@ lint: setup  ## ruff and mypy --strict.
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy client/examples/*.py
 
 protos: $(PROTOS_VENV)/.installed  ## Generate the protocol code again from its .proto.
 	cd protos && ../$(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
