@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from distributed_training import EAGER, gradient, make_optimizer, on_all_ranks, set_gradients
-from preconditioner_client import GraftingConfig, LocalExchange
+from distributed_training import EAGER, SCHEDULED, gradient, make_optimizer, on_all_ranks, set_gradients
+from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo
 from scripted_exchange import ScriptedExchange
 
 STOP, END = 10, 24
@@ -95,6 +95,36 @@ def shards_give_the_bits_of_one_process_where_their_blocks_are_the_same(folder):
     blocks = on_all_ranks(optimizer.metrics()["blocks"])
     assert sum(blocks) == reference.metrics()["blocks"]
     assert min(blocks) > 0
+
+
+def groups_of_shards_share_one_mesh(folder):
+    for kind in ("fsdp", "hsdp"):
+        model, other = aligned(), aligned()
+        mesh = mesh_of(kind)
+        for layer in model[0], model[2], model:
+            fully_shard(layer, mesh=mesh)
+        optimizers = []
+        for net, distributed in ((model, "auto"), (other, "off")):
+            parameters = dict(net.named_parameters())
+            decayed = {name: p for name, p in parameters.items() if p.ndim > 1}
+            rest = {name: p for name, p in parameters.items() if p.ndim == 1}
+            groups = [
+                {"params": list(decayed.items()), "weight_decay": 0.1},
+                {"params": list(rest.items()), "weight_decay": 0.0, "beta1": 0.5},
+            ]
+            optimizers.append(
+                Shampoo(
+                    groups,
+                    lr=1e-2,
+                    blocking=BlockingConfig(block_size=8),
+                    staleness=SCHEDULED,
+                    service=LocalExchange(1),
+                    distributed=distributed,
+                )
+            )
+        train(model, optimizers[0], range(12))
+        train(other, optimizers[1], range(12))
+        assert_same(model, other)
 
 
 def uneven_and_empty_shards(folder):
@@ -391,6 +421,7 @@ ON_TWO_RANKS = [
 ]
 ON_FOUR_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
+    groups_of_shards_share_one_mesh,
     uneven_and_empty_shards,
     layer_wise_grafting_takes_norms_over_all_shards,
     another_number_of_ranks_keeps_what_it_can,
