@@ -25,8 +25,8 @@ class DistributedConfig:
         process_group: the ranks that hold the same plain parameters, as for ``DistributedDataParallel``.
             None: all. ``DTensor`` parameters bring their own mesh, and this is not looked at.
         communication_dtype: in which replicas send each other their finished updates. ``torch.float32``
-            (default) is exact but for float64 parameters. ``torch.bfloat16`` halves the bytes and rounds every
-            block's direction, on its owner too, so that replicas stay bit-identical.
+            (default) is exact but for float64 parameters. ``torch.bfloat16`` halves the bytes and rounds
+            every block's direction, on its owner too, so that replicas stay bit-identical.
     """
 
     process_group: dist.ProcessGroup | None = None
