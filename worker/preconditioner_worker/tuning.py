@@ -1,8 +1,8 @@
 """Tuning over a committed grid, and the committed winners.
 
 A grid is a sequence of stages; a stage tries all combinations of its values around the best settings so far.
-The best of all are then run with further seeds, since one lucky run makes no good setting. Every trial is a
-whole run at the horizon it is meant for, with seeds that the demonstration does not use.
+A grid may have finals: its best are run again with further seeds, since one lucky run makes no good setting.
+Every trial is a whole run at the horizon it is meant for, with seeds that the demonstration does not use.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Grid(BaseModel):
     schedule: Schedule = Schedule()
     seed: int = TUNING_SEED
     stages: list[dict[str, list[Any]]]
-    finalists: int = 3
-    final_seeds: list[int] = [2, 3]
+    finalists: int = 0
+    final_seeds: list[int] = []
 
 
 class Trial(BaseModel):
