@@ -97,7 +97,7 @@ def test_help_of_every_command(capsys):
             with pytest.raises(SystemExit) as stopped:
                 main([name, "--help"])
             assert stopped.value.code == 0
-            assert "--text" in capsys.readouterr().out
+            assert f"preconditioner-worker {name}" in capsys.readouterr().out
 
 
 def test_train_end_to_end(tmp_path, capsys):
