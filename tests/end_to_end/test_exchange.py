@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -32,7 +33,8 @@ def services(parent: psutil.Process | None = None) -> list[psutil.Process]:
             command = child.cmdline()
         except psutil.Error:
             continue
-        if "preconditioner_service" in command and "serve" in command:
+        # Those that other tests start by themselves have a fixed port.
+        if "preconditioner_service" in command and ("--port", "0") in itertools.pairwise(command):
             found.append(child)
     return found
 

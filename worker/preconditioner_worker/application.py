@@ -19,7 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from preconditioner_worker.commands import Compare, Demo, Train, Tune
+from preconditioner_worker.commands import Bench, Compare, Demo, Train, Tune
 
 PREFIX = "PRECONDITIONER_WORKER_"
 
@@ -29,7 +29,7 @@ class UnknownKeyError(ValueError):
 
 
 class Application(BaseSettings):
-    """Training workers for asynchronous Shampoo: train, compare, demonstrate, tune.
+    """Training workers for asynchronous Shampoo: train, compare, demonstrate, tune, measure.
 
     Options come from the command line, else from the environment (PRECONDITIONER_WORKER_TRAIN__STEPS=100),
     else from the command's section of the file given by --config, else from defaults. Hyperparameters that
@@ -55,6 +55,7 @@ class Application(BaseSettings):
     compare: CliSubCommand[Compare]
     demo: CliSubCommand[Demo]
     tune: CliSubCommand[Tune]
+    bench: CliSubCommand[Bench]
 
     @classmethod
     def settings_customise_sources(

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic_settings import CliApp, CliSubCommand
 from rich.console import Console
 
+from preconditioner_worker import bench_step
 from preconditioner_worker.demo import demonstrate
 from preconditioner_worker.experiments import RUNS, conclude, horizon, run_all, settle
 from preconditioner_worker.grids import GRIDS
@@ -225,3 +228,58 @@ class Tune(Command):
         tuning = tune(grid, path, processes=self.processes, text=self.text, report=report)
         console.print(f"best: {tuning.best!r}\n{path}", highlight=False, soft_wrap=True)
         return 0
+
+
+class BenchStep(BaseModel):
+    """Time optimizer.step() alone, on parameters shaped as GPT-2 small's, against AdamW."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
+    )
+
+    scale: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Of width, vocabulary and context; 1 is GPT-2 small itself."""
+    layers: PositiveInt = bench_step.LAYERS
+    """Of the model."""
+    steps: PositiveInt = 100
+    """Steps that are timed."""
+    block_size: PositiveInt = 1024
+    """Largest side of a block."""
+    refresh_every: PositiveInt = 10
+    """Steps between snapshots of a block."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    service: str = "embedded"
+    """Of the asynchronous contender: embedded or host:port."""
+    json_file: Annotated[Path | None, Field(alias="json")] = None
+    """Write the result to this file."""
+
+    def cli_cmd(self) -> None:
+        """Measure, print, save."""
+        torch.set_num_threads(self.threads)
+        result = bench_step.benchmark(
+            scale=self.scale,
+            layers=self.layers,
+            steps=self.steps,
+            block_size=self.block_size,
+            refresh_every=self.refresh_every,
+            device=self.device,
+            service=self.service,
+        )
+        Console().print(bench_step.table(result))
+        if self.json_file is not None:
+            bench_step.save(result, self.json_file)
+
+
+class Bench(BaseModel):
+    """Measurements of the parts."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    step: CliSubCommand[BenchStep]
+
+    def cli_cmd(self) -> None:
+        """Run the measurement that was named."""
+        CliApp.run_subcommand(self)
