@@ -139,6 +139,8 @@ def launches_of(optimizer: Optimizer) -> int:
     return sum(
         event.name.startswith("aten::")
         and event.name not in VIEWS
+        # A conversion to what a tensor is already does nothing.
+        and (event.name != "aten::to" or bool(event.cpu_children))
         and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
         for event in recorded.events()
     )
