@@ -52,6 +52,9 @@ class ServiceConfig:
         outbox_bytes: bound of the snapshots that wait to be sent. None: as many as
             ``snapshots_in_flight`` of every block, which bounds them too.
         credit_bytes: packed preconditioners that the service may have under way without answer.
+        history_file: append what happens to this file, for ``preconditioner-worker check-history``.
+        history_matrices: folder to save snapshots and preconditioners to, so that a check can compute the
+            roots again; needs ``history_file``.
     """
 
     address: str = EMBEDDED
@@ -69,6 +72,8 @@ class ServiceConfig:
     workers: int | None = None
     outbox_bytes: int | None = None
     credit_bytes: int = 64 * 1024 * 1024
+    history_file: str | None = None
+    history_matrices: str | None = None
 
     def __post_init__(self) -> None:
         if any((self.tls_ca, self.tls_cert, self.tls_key)):
@@ -89,6 +94,8 @@ class ServiceConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, not {value}")
+        if self.history_matrices is not None and self.history_file is None:
+            raise ValueError("history_matrices needs history_file, which names the matrices")
         if not self.embedded:
             self.check_address(self.address)
 

@@ -124,6 +124,12 @@ class ServeSettings(BaseSettings):
         None, ge=1, description="stop when this process, which must be the parent, is gone"
     )
     ready_file: Path | None = Field(None, description="also write the ready line to this file")
+    history_file: Path | None = Field(
+        None, description="append what happens to this file, for preconditioner-worker check-history"
+    )
+    history_matrices: Path | None = Field(
+        None, description="folder to save snapshots and preconditioners to; needs --history-file"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -165,6 +171,8 @@ class ServeSettings(BaseSettings):
             raise ValueError("tls_cert and tls_key are needed together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.history_matrices is not None and self.history_file is None:
+            raise ValueError("history_matrices needs history_file, which names the matrices")
         if self.tls_cert is None and not self.allow_plaintext and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is not loopback and there is no TLS, so the token would travel readable: "
