@@ -1,0 +1,1 @@
+"""Faults that can be injected between real trainers and a real service."""
