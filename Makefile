@@ -6,7 +6,7 @@ PROTOS_VENV := .venv-protos
 SOURCES := protos client preconditioner_service worker tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos check-protos clean
+.PHONY: help setup demo test faults lint protos check-protos clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ demo: setup  ## Train a small Transformer with AdamW and with Shampoo through a 
 
 test: setup lint check-protos  ## Lint, type-check, and run every test.
 	$(BIN)/python -m pytest
+
+faults: setup  ## Inject every fault of the catalogue into real processes; print what became of each.
+	$(BIN)/python -m pytest tests/faults --whole-catalogue --faults-json runs/faults.json
 
 lint: setup  ## ruff and mypy --strict.
 	$(BIN)/ruff check $(SOURCES)

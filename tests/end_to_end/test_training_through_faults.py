@@ -3,62 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
 from torch import nn
 
-from preconditioner_client import BlockingConfig, ServiceConfig, Shampoo, StalenessConfig
-from service_process import TOKEN, ServiceProcess, wait_for
-
-
-class Training:
-    """A small real model; every step, forward and backward included, is timed."""
-
-    def __init__(self, address, **staleness):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)
-        )
-        self.x, self.y = torch.randn(8192, 64), torch.randn(8192, 8)
-        self.optimizer = Shampoo(
-            self.model.named_parameters(),
-            lr=1e-3,
-            blocking=BlockingConfig(block_size=128),
-            staleness=StalenessConfig(**{"max_staleness": 100_000, **staleness}),
-            service=ServiceConfig(address=address, token=TOKEN),
-        )
-        self.seconds = []
-
-    def step(self):
-        began = time.perf_counter()
-        self.optimizer.zero_grad()
-        nn.functional.mse_loss(self.model(self.x), self.y).backward()
-        self.optimizer.step()
-        self.seconds.append(time.perf_counter() - began)
-
-    def adopted(self):
-        return self.optimizer.metrics()["versions_adopted"]
-
-    def until(self, condition, timeout=90.0, what="the condition"):
-        """Train until the condition holds; returns the durations of these steps."""
-        first = len(self.seconds)
-
-        def stepped():
-            self.step()
-            return condition()
-
-        wait_for(stepped, timeout, what)
-        return self.seconds[first:]
-
-    def until_adopted(self, more):
-        goal = self.adopted() + more
-        return self.until(lambda: self.adopted() >= goal, what=f"{more} more versions")
-
-    def for_seconds(self, seconds):
-        end = time.monotonic() + seconds
-        return self.until(lambda: time.monotonic() >= end, timeout=seconds + 60)
+from service_process import ServiceProcess
+from small_training import Training
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,12 +37,34 @@ def wait_for(condition, timeout=60.0, what="the condition"):
         time.sleep(0.05)
 
 
-class ServiceProcess:
-    """One service on a fixed loopback port. ``start`` returns when it is ready."""
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
-    def __init__(self, workers: int = 1, port: int | None = None) -> None:
+
+class ServiceProcess:
+    """One service on a fixed loopback port. ``start`` returns when it is ready.
+
+    Args:
+        workers: Ray actors.
+        port: default a free one.
+        arguments: more of ``serve``.
+        environment: more variables.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        port: int | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = port or free_port()
         self.workers = workers
+        self.arguments = list(arguments)
+        self.environment = dict(environment or {})
         self.address = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen[str] | None = None
         self._family: list[psutil.Process] = []
@@ -58,11 +81,12 @@ class ServiceProcess:
             "--port", str(self.port), "--num-workers", str(self.workers),
             # It must not outlive a test run that is killed.
             "--parent-pid", str(os.getpid()),
+            *self.arguments,
         ]  # fmt: skip
         with Path(self._log).open("a") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, "PRECONDITIONER_SERVICE_TOKEN": TOKEN},
+                env={**os.environ, "PRECONDITIONER_SERVICE_TOKEN": TOKEN, **self.environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -74,6 +98,11 @@ class ServiceProcess:
         assert ready["event"] == "ready", line
         self._family = psutil.Process(self.process.pid).children(recursive=True)
         return self
+
+    def actors(self) -> list[psutil.Process]:
+        """The processes that compute roots, as they are now."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in family if "RootWorker" in _title(process)]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_trainer import manifest, open_request
 
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board
 from preconditioner_service.sessions import budget_bytes
+from raw_trainer import manifest, open_request
 
 
 class Clock:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import gone
+
 from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 

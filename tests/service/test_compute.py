@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from raw_trainer import expected_root, statistics
 
 from preconditioner_protos import pack, unpack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.compute import compute
 from preconditioner_service.tasks import RootTask
+from raw_trainer import expected_root, statistics
 
 
 def task(*matrices: np.ndarray, order=4.0, kind=pb.RIDGE_KIND_RELATIVE, ridge=1e-6, dtype="<f4") -> RootTask:

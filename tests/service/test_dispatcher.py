@@ -6,7 +6,6 @@ import asyncio
 
 import numpy as np
 import pytest
-from raw_trainer import manifest, open_request
 
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
@@ -15,6 +14,7 @@ from preconditioner_service.dispatcher import LOSS_BUDGET, Dispatcher
 from preconditioner_service.pool import BatchLostError, Worker
 from preconditioner_service.scheduler import BatchLimits
 from preconditioner_service.tasks import RootOutcome
+from raw_trainer import manifest, open_request
 
 
 class HandPool:

@@ -6,10 +6,10 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 from preconditioner_protos import PackedBlock, chunk_messages, pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 
 @pytest.mark.parametrize("dtype", [pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT64])

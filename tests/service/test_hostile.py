@@ -9,10 +9,10 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from raw_trainer import manifest, open_request, statistics
 
 from preconditioner_protos import pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_trainer import manifest, open_request, statistics
 
 _u32 = st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))
 _u64 = st.one_of(st.integers(0, 50), st.integers(0, 2**64 - 1))

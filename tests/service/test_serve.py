@@ -16,9 +16,9 @@ import psutil
 import pytest
 from conftest import TOKEN, gone
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from raw_trainer import manifest, open_request, statistics, wait_for
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_trainer import manifest, open_request, statistics, wait_for
 
 
 def test_ready_line(service):

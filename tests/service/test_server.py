@@ -7,9 +7,9 @@ import math
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 Code = grpc.StatusCode
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from raw_trainer import manifest, wait_for
 
 from preconditioner_service import logs, reaper
 from preconditioner_service.auth import token_matches
@@ -16,6 +15,7 @@ from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.pool import deadline
 from preconditioner_service.quotas import QuotaError, Quotas
 from preconditioner_service.sessions import MAX_DEPTH, budget_bytes
+from raw_trainer import manifest, wait_for
 
 
 @pytest.mark.parametrize(

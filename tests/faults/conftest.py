@@ -1,0 +1,68 @@
+"""The catalogue's frame: what is run, on what, and what is printed at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from fault_catalogue import FaultReport
+from service_process import ServiceProcess, wait_for
+
+REPORT = pytest.StashKey[FaultReport]()
+
+
+def pytest_configure(config):
+    config.stash[REPORT] = FaultReport()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--whole-catalogue"):
+        return
+    long = pytest.mark.skip(reason="part of the whole catalogue: make faults")
+    for item in items:
+        if item.get_closest_marker("long_form"):
+            item.add_marker(long)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    report = config.stash[REPORT]
+    if not report.records:
+        return
+    terminalreporter.section("fault catalogue")
+    # A pipe has no width, and rows folded to 80 columns are hard to read.
+    report.print(Console(file=terminalreporter._tw._file, width=160))
+    if path := config.getoption("--faults-json"):
+        report.write(Path(path))
+
+
+@pytest.fixture
+def fault_report(request) -> FaultReport:
+    """Where a test tells what it did; see :mod:`fault_catalogue`."""
+    return request.config.stash[REPORT]
+
+
+@pytest.fixture
+def service():
+    """A service of the test's own, to be killed at will."""
+    with ServiceProcess() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nobody_left_behind():
+    """What a module started has ended when it is over, services and Ray's processes among it."""
+    me = psutil.Process()
+    before = {process.pid for process in me.children(recursive=True)}
+    yield
+
+    def gone():
+        return not [
+            process
+            for process in me.children(recursive=True)
+            if process.pid not in before and process.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    wait_for(gone, timeout=30, what="the end of every process that the module started")
