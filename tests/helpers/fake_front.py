@@ -209,3 +209,8 @@ class FakeFront(rpc.PreconditionerServiceServicer):
                     context.abort(*message)
                 return
             yield message
+
+
+def versions(front: FakeFront) -> list[tuple[int, int]]:
+    """(block, step) of every snapshot that came, in order."""
+    return [(s.block, s.step) for stream in front.streams for s in stream.snapshots]

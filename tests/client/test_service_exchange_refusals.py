@@ -1,0 +1,181 @@
+"""Who may not: refusals of a session, and what the first look at an address tells."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from concurrent import futures
+
+import grpc
+import pytest
+
+from exchange_session import collect, opened, session, snapshot
+from fake_front import FakeFront, until
+from preconditioner_client.exchange import (
+    ExchangeError,
+)
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+
+
+def test_a_superseded_trainer_never_comes_back(front, connect, caplog):
+    exchange = connect(front.address)
+    opened(exchange, session(job="twin"))
+    with caplog.at_level(logging.ERROR, "preconditioner_client"):
+        front.stream.end(grpc.StatusCode.ABORTED, "epoch 2 took over")
+        until(lambda: caplog.records)
+    assert "'twin' was taken over" in caplog.text
+    assert not exchange.wait(0.5)
+    assert (front.attaches, len(front.opens)) == (1, 1)
+    exchange.collect(1)  # training goes on
+    opened(exchange, session(job="twin", epoch=3))  # a later epoch may
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("ABORTED", "taken over"),
+        ("PERMISSION_DENIED", "does not open job 'test'"),
+        ("INVALID_ARGUMENT", "side 3 is odd"),
+        ("RESOURCE_EXHAUSTED", "quota"),
+        ("FAILED_PRECONDITION", "protocol version"),
+        ("UNIMPLEMENTED", "no preconditioner service"),
+    ],
+)
+def test_a_refusal_before_the_first_session_is_raised_once(front, connect, code, text):
+    front.open_error = (grpc.StatusCode[code], "side 3 is odd")
+    exchange = connect(front.address)
+    exchange.open(session())
+    assert exchange.wait(10)
+    with pytest.raises(ExchangeError, match=text):
+        exchange.collect(0)
+    assert not exchange.wait(0.3)
+    assert exchange.collect(1) == []
+
+
+def test_a_later_refusal_is_logged_once_and_tried_again(front, connect, caplog, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("first\n")
+    front.token = "first"
+    exchange = connect(front.address, token_file=str(path))
+    opened(exchange, session())
+    with caplog.at_level(logging.ERROR, "preconditioner_client"):
+        front.token = "second"
+        front.stream.end(grpc.StatusCode.UNAVAILABLE)
+        until(lambda: caplog.records)
+        assert not exchange.wait(0.4)  # several attempts
+    assert len(caplog.records) == 1
+    assert exchange.collect(1) == []
+    path.write_text("second\n")
+    until(lambda: exchange.generation == 2)
+    assert "second" not in caplog.text
+
+
+def test_a_placement_on_several_fronts_is_refused(front, connect):
+    front.fronts = [pb.Front(address="127.0.0.1:1", blocks=[0]), pb.Front(blocks=[1])]
+    exchange = connect(front.address)
+    exchange.open(session())
+    assert exchange.wait(10)
+    with pytest.raises(ExchangeError, match="2 fronts"):
+        exchange.collect(0)
+
+
+def test_the_front_of_the_placement_is_dialled(front, connect):
+    other = FakeFront()
+    try:
+        request_of = other._sessions
+        front.fronts = [pb.Front(address=other.address)]
+        other._sessions = front._sessions
+        exchange = connect(front.address)
+        opened(exchange, session())
+        assert (front.attaches, other.attaches) == (0, 1)
+        exchange.close()
+        assert front.closed == ["s0"]
+        other._sessions = request_of
+    finally:
+        other.stop()
+
+
+def test_a_front_off_loopback_is_not_dialled_in_the_clear(front, connect):
+    front.fronts = [pb.Front(address="192.0.2.1:50051")]
+    exchange = connect(front.address)
+    exchange.open(session())
+    assert exchange.wait(10)
+    with pytest.raises(ExchangeError, match="not on loopback"):
+        exchange.collect(0)
+
+
+def test_a_wrong_token_is_told_at_construction(front, connect):
+    front.token = "right-token"
+    with pytest.raises(ExchangeError, match=r"refuses the token.*PRECONDITIONER_TOKEN") as caught:
+        connect(front.address, token="wrong-token")
+    assert "wrong-token" not in str(caught.value)
+    with pytest.raises(ExchangeError, match="refuses the token"):
+        connect(front.address)
+    opened(connect(front.address, token="right-token"), session())
+
+
+def test_another_protocol_version_is_told_at_construction(front, connect):
+    front.protocol_version = 2
+    with pytest.raises(ExchangeError, match="speaks protocol versions 2 to 2, this client 1"):
+        connect(front.address)
+
+
+def test_something_else_at_the_address_is_told_at_construction(connect):
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(ExchangeError, match="no preconditioner service"):
+            connect(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_unreachable_service_is_warned_of_once_and_found_later(connect, caplog):
+    port = free_port()
+    with caplog.at_level(logging.WARNING, "preconditioner_client"):
+        exchange = connect(f"127.0.0.1:{port}")
+        spec = session()
+        exchange.open(spec)
+        exchange.offer([snapshot(spec, 0, 1)], 1)
+        assert not exchange.wait(0.5)
+    assert len(caplog.records) == 1
+    assert f"127.0.0.1:{port}" in caplog.text
+    front = FakeFront(port)
+    try:
+        collect(exchange, 1)
+        exchange.close()
+    finally:
+        front.stop()
+
+
+def test_a_proxy_is_not_asked_for_loopback(front, connect, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    opened(connect(front.address), session())
+
+
+def test_tls_on_one_side_only_is_told_at_construction(connect, certificates):
+    credentials = grpc.ssl_server_credentials([(certificates.key, certificates.chain)])
+    secure, plain = FakeFront(credentials=credentials), FakeFront()
+    try:
+        with pytest.raises(ExchangeError, match="speaks TLS: set tls=True"):
+            connect(secure.address)
+        with pytest.raises(ExchangeError, match="no TLS connection"):
+            connect(plain.address, tls=True)
+        with pytest.raises(ExchangeError, match="no TLS connection"):
+            connect(secure.address, tls=True)  # an authority that nobody knows
+        exchange = connect(f"localhost:{secure.port}", tls_ca=certificates.path)
+        opened(exchange, session())
+        exchange.close()
+    finally:
+        secure.stop()
+        plain.stop()
