@@ -51,8 +51,8 @@ class Dispatcher:
         self._pool = pool
 
     def open(self, session: Session) -> None:
-        """A session may hand in snapshots from now on."""
-        self._scheduler.open(session, session.job.name, session.max_staleness)
+        """A session may hand in snapshots from now on; or its job's weight is another one now."""
+        self._scheduler.open(session, session.job.name, session.max_staleness, session.job.weight)
 
     def close(self, session: Session) -> None:
         """Drop what waits of a session."""
@@ -86,29 +86,32 @@ class Dispatcher:
 
     def _start(self, worker: Worker, batch: Batch[Session]) -> None:
         work = [
-            (session, snapshot)
-            for session, index in batch.blocks
+            (session, snapshot, seconds)
+            for (session, index), seconds in zip(batch.blocks, batch.estimates, strict=True)
             if (snapshot := session.begin(index)) is not None
         ]
         if not work or self._pool is None:
             return
-        running = self._pool.run(worker, [_task(*item) for item in work], batch.seconds)
+        tasks = [_task(session, snapshot) for session, snapshot, _ in work]
+        running = self._pool.run(worker, tasks, batch.seconds)
         task = asyncio.get_running_loop().create_task(self._finish(running, work))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     async def _finish(
-        self, running: Awaitable[list[RootOutcome]], work: list[tuple[Session, PackedBlock]]
+        self, running: Awaitable[list[RootOutcome]], work: list[tuple[Session, PackedBlock, float]]
     ) -> None:
         try:
             outcomes = await running
         except BatchLostError as error:
-            for session, snapshot in work:
+            for session, snapshot, _ in work:
                 self._lost(session, snapshot, error)
         else:
-            for (session, snapshot), outcome in zip(work, outcomes, strict=True):
+            for (session, snapshot, estimate), outcome in zip(work, outcomes, strict=True):
+                if outcome.sides is not None:  # failures do not say what they took: the estimate stands
+                    self._scheduler.charge(session, sum(outcome.seconds) - estimate)
                 self._settle(session, snapshot, outcome)
-        for session, snapshot in work:
+        for session, snapshot, _ in work:
             self.enqueue(session, snapshot.block)
         self.kick()
 

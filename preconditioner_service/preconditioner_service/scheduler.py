@@ -8,9 +8,12 @@ for a given total of work, where T_i is proportional to sqrt(c_i), so where age_
 all. (Our own inference, not a published result.) Blocks without any version come before all others, the
 cheapest first, as each is served by the diagonal method alone until then.
 
-**Between jobs.** Steps are claimed by trainers, and one job must not starve another. So urgency decides only
-between jobs that had about the same amount of work: a job that had :data:`FAIR_SECONDS` more than the least
-served one that is waiting, stands back. A job that was idle starts level with the least served.
+**Between jobs.** Steps are claimed by trainers, and one job must not starve another. So urgency decides among
+the blocks of one job alone; between jobs it is weighted fair queueing by start times (Goyal, Vin and Cheng,
+"Start-time fair queueing", SIGCOMM 1996). A job's virtual time is the work that it was given divided by its
+weight; the next block is of the waiting job whose virtual time is least. While two jobs wait without a break,
+what they were given differs, each divided by its weight, by no more than one block's work. A job that was
+idle starts at the virtual time of the last choice: it has neither credit nor debt.
 
 **Batches.** Small blocks travel together, since one call to a worker costs as much as a small root.
 """
@@ -22,13 +25,10 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 NOMINAL_STALENESS = 200
 """Steps by which ages of jobs without a bound are measured."""
-
-FAIR_SECONDS = 0.5
-"""Seconds of work by which a job may be ahead of another that waits."""
 
 _LARGEST_AGE = 8.0
 """Of the bound: beyond it claims do not make a block more urgent."""
@@ -53,24 +53,42 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[SourceT]):
-    """Blocks for one call to a worker, most urgent first, and the seconds that they are thought to take."""
+    """Blocks for one call to a worker, in the order of their choice.
+
+    Attributes:
+        blocks: session and index of each.
+        estimates: seconds that each is thought to take, and was charged for.
+    """
 
     blocks: tuple[tuple[SourceT, int], ...]
-    seconds: float
+    estimates: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What all of them are thought to take."""
+        return sum(self.estimates)
 
 
 @dataclass(slots=True, eq=False)
 class _Share:
     """What one job was given of the workers."""
 
-    served: float = 0.0
+    weight: float = 1.0
+    virtual: float = 0.0
+    """Seconds of work divided by the weight, beside those that others had while it was idle."""
     waiting: int = 0
+    sources: dict[_Source[Any], None] = field(default_factory=dict)
+
+    def charge(self, seconds: float) -> None:
+        """Count work; negative if less was used than was counted before."""
+        self.virtual += seconds / self.weight
 
 
 @dataclass(slots=True, eq=False)
-class _Source:
+class _Source(Generic[SourceT]):
     """A session's part of what the policy knows."""
 
+    name: SourceT
     share: _Share
     bound: int
     newest_step: int = 0
@@ -86,11 +104,16 @@ class _Source:
 class _Group:
     """Waiting blocks of one session with the same sides: they age alike, so the oldest version leads."""
 
+    number: int
     lengths: tuple[int, ...]
     nbytes: int
     alone: bool
     heap: list[tuple[int, int, int]] = field(default_factory=list)
     """(version or -1, order of arrival, block)."""
+
+
+_Head: TypeAlias = "tuple[tuple[bool, float], int, _Source[SourceT], _Group]"
+"""Urgency and number of a group, which order it, and where it belongs."""
 
 
 class Scheduler(Generic[SourceT]):
@@ -104,34 +127,48 @@ class Scheduler(Generic[SourceT]):
     def __init__(self, estimate: Callable[[Iterable[int]], float], limits: BatchLimits | None = None) -> None:
         self._estimate = estimate
         self._limits = limits or BatchLimits()
-        self._sources: dict[SourceT, _Source] = {}
+        self._sources: dict[SourceT, _Source[SourceT]] = {}
         self._shares: dict[str, _Share] = {}
-        self._users: dict[str, set[SourceT]] = {}
         self._arrivals = itertools.count()
+        self._virtual = 0.0
 
     def __len__(self) -> int:
         """Waiting blocks."""
         return sum(share.waiting for share in self._shares.values())
 
-    def open(self, source: SourceT, job: str, max_staleness: int) -> None:
-        """Learn of a session, or of its new bound; 0 means that none was declared."""
+    def open(self, source: SourceT, job: str, max_staleness: int, weight: float = 1.0) -> None:
+        """Learn of a session, or of its new bound, or of its job's new weight.
+
+        Args:
+            source: the session.
+            job: all sessions of a job share what it is given.
+            max_staleness: in steps; 0 means that none was declared.
+            weight: of the job, > 0.
+        """
         bound = max_staleness or NOMINAL_STALENESS
+        share = self._shares.setdefault(job, _Share())
+        share.weight = weight
         if (known := self._sources.get(source)) is not None:
             known.bound = bound
             return
-        self._sources[source] = _Source(self._shares.setdefault(job, _Share()), bound)
-        self._users.setdefault(job, set()).add(source)
+        known = self._sources[source] = _Source(source, share, bound)
+        share.sources[known] = None
 
     def close(self, source: SourceT, job: str) -> None:
         """Forget a session and its waiting blocks."""
         known = self._sources.pop(source, None)
         if known is None:
             return
-        known.share.waiting -= len(known.waiting)
-        users = self._users[job]
-        users.discard(source)
-        if not users:
-            del self._users[job], self._shares[job]
+        share = known.share
+        share.waiting -= len(known.waiting)
+        del share.sources[known]
+        if not share.sources:
+            del self._shares[job]
+
+    def charge(self, source: SourceT, seconds: float) -> None:
+        """Count work beyond the estimate, or below it if negative, once it is known."""
+        if (known := self._sources.get(source)) is not None:
+            known.share.charge(seconds)
 
     def push(
         self,
@@ -161,57 +198,70 @@ class Scheduler(Generic[SourceT]):
             return
         share = known.share
         if share.waiting == 0:
-            share.served = max(share.served, self._least_served())
+            share.virtual = max(share.virtual, self._virtual)
         share.waiting += 1
         known.waiting.add(block)
         group = known.groups.get((lengths, alone))
         if group is None:
-            group = known.groups[lengths, alone] = _Group(lengths, nbytes, alone)
+            group = known.groups[lengths, alone] = _Group(next(self._arrivals), lengths, nbytes, alone)
         heapq.heappush(group.heap, (-1 if version is None else version, next(self._arrivals), block))
 
     def next_batch(self) -> Batch[SourceT] | None:
-        """Take the most urgent blocks that fit one batch; ``None`` if none waits."""
-        least = self._least_served()
-        heads = [
-            (self._urgency(known, group), number, source, known, group)
-            for number, (source, known, group) in enumerate(
-                (source, known, group)
-                for source, known in self._sources.items()
-                if known.waiting and known.share.served <= least + FAIR_SECONDS
-                for group in known.groups.values()
-                if group.heap
-            )
+        """Take the blocks of the least served jobs, of each the most urgent; ``None`` if none waits."""
+        queue = [
+            (share.virtual, heads[0][0], number, share, heads)
+            for number, share in enumerate(self._shares.values())
+            if share.waiting and (heads := self._heads(share))
         ]
-        heapq.heapify(heads)
+        heapq.heapify(queue)
         taken: list[tuple[SourceT, int]] = []
-        seconds, nbytes = 0.0, 0
+        estimates: list[float] = []
+        nbytes = 0
         limits = self._limits
-        while heads:
-            _, number, source, known, group = heads[0]
+        while queue:
+            virtual, _, number, share, heads = queue[0]
+            _, _, known, group = heads[0]
             cost = self._estimate(group.lengths)
-            full = seconds + cost > limits.seconds or nbytes + group.nbytes > limits.nbytes
+            full = sum(estimates) + cost > limits.seconds or nbytes + group.nbytes > limits.nbytes
             if taken and (full or group.alone or len(taken) >= limits.blocks):
                 break
-            _, _, block = heapq.heappop(group.heap)
-            known.waiting.discard(block)
-            known.share.waiting -= 1
-            known.share.served += cost
-            taken.append((source, block))
-            seconds, nbytes = seconds + cost, nbytes + group.nbytes
+            self._virtual = max(self._virtual, virtual)
+            taken.append((known.name, self._take(known, group, cost)))
+            estimates.append(cost)
+            nbytes += group.nbytes
             if group.heap:
-                heapq.heapreplace(heads, (self._urgency(known, group), number, source, known, group))
+                heapq.heapreplace(heads, (self._urgency(known, group), group.number, known, group))
             else:
                 heapq.heappop(heads)
+            if heads:
+                heapq.heapreplace(queue, (share.virtual, heads[0][0], number, share, heads))
+            else:
+                heapq.heappop(queue)
             if group.alone:
                 break
-        return Batch(tuple(taken), seconds) if taken else None
+        return Batch(tuple(taken), tuple(estimates)) if taken else None
 
-    def _urgency(self, known: _Source, group: _Group) -> tuple[bool, float]:
+    def _heads(self, share: _Share) -> list[_Head[SourceT]]:
+        """The groups of a job that have waiting blocks, as a heap."""
+        heads = [
+            (self._urgency(known, group), group.number, known, group)
+            for known in share.sources
+            if known.waiting
+            for group in known.groups.values()
+            if group.heap
+        ]
+        heapq.heapify(heads)
+        return heads
+
+    def _take(self, known: _Source[SourceT], group: _Group, cost: float) -> int:
+        _, _, block = heapq.heappop(group.heap)
+        known.waiting.discard(block)
+        known.share.waiting -= 1
+        known.share.charge(cost)
+        return block
+
+    def _urgency(self, known: _Source[SourceT], group: _Group) -> tuple[bool, float]:
         """Sorts the most urgent first."""
         version, _, _ = group.heap[0]
         root_cost = math.sqrt(self._estimate(group.lengths))
         return (False, root_cost) if version < 0 else (True, -known.age(version) / root_cost)
-
-    def _least_served(self) -> float:
-        """Of the jobs that have waiting blocks."""
-        return min((share.served for share in self._shares.values() if share.waiting), default=0.0)

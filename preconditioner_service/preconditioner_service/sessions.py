@@ -69,10 +69,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Job:
-    """A training job: the fence of its epoch, its sessions by rank, its counters."""
+    """A training job: the fence of its epoch, its weight, its sessions by rank, its counters."""
 
     name: str
     epoch: int
+    weight: float = 1.0
     sessions: dict[int, Session] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
