@@ -87,6 +87,24 @@ def test_what_is_stalled_comes_once_healed(proxy, ends):
     assert service.recv(2) == b"up"
 
 
+def test_it_stalls_after_an_exact_number_of_bytes(proxy, ends):
+    trainer, service = ends
+    stalled = proxy.stall_after(100_003, Way.UP)
+    threading.Thread(target=trainer.sendall, args=(b"x" * 300_000,), daemon=True).start()
+    assert stalled.wait(10)
+    received = 0
+    while received < 100_003:
+        received += len(service.recv(65536))
+    assert received == 100_003
+    service.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        service.recv(1)
+    proxy.heal()
+    service.settimeout(10)
+    while received < 300_000:
+        received += len(service.recv(65536))
+
+
 def test_while_it_is_cut_a_connection_stands_and_nothing_answers(listener, proxy):
     proxy.stall()
     host, _, port = proxy.address.rpartition(":")

@@ -77,6 +77,7 @@ class Proxy:
         self._upstream = (host.strip("[]"), int(port))
         self._random = random.Random(seed)
         self._shapes = dict.fromkeys(Way, Shape())
+        self._allowed: dict[Way, tuple[int, threading.Event]] = {}
         self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
@@ -101,10 +102,23 @@ class Proxy:
 
         self._do(stalled)
 
+    def stall_after(self, nbytes: int, way: Way) -> threading.Event:
+        """Let exactly so many bytes more pass in one direction, over all connections, then stall it.
+
+        Returns:
+            An event that is set when the last of them was handed to the other end.
+        """
+        if nbytes < 1:
+            raise ValueError(f"nbytes must be >= 1, not {nbytes}")
+        stalled = threading.Event()
+        self._do(lambda: self._allowed.update({way: (nbytes, stalled)}))
+        return stalled
+
     def heal(self) -> None:
         """Let everything pass as if nothing had been."""
 
         def healed() -> None:
+            self._allowed.clear()
             self._shapes = dict.fromkeys(Way, Shape())
             for passing in self._passing.values():
                 passing.set()
@@ -208,9 +222,12 @@ class Proxy:
                 if not data:
                     break
                 await self._hold(way, len(data))
-                await self._passing[way].wait()
-                connection.ends[way].write(data)
-                await connection.ends[way].drain()
+                while data:
+                    await self._passing[way].wait()
+                    passes = self._pass(way, len(data))
+                    connection.ends[way].write(data[:passes])
+                    data = data[passes:]
+                    await connection.ends[way].drain()
             self._end(connection)
         except OSError:
             self._end(connection)
@@ -227,6 +244,19 @@ class Proxy:
             seconds += size * 8 / shape.rate
         if seconds:
             await asyncio.sleep(seconds)
+
+    def _pass(self, way: Way, size: int) -> int:
+        """How many of these bytes pass now; the last that may stall the direction."""
+        if way not in self._allowed:
+            return size
+        allowed, stalled = self._allowed[way]
+        if size < allowed:
+            self._allowed[way] = allowed - size, stalled
+            return size
+        del self._allowed[way]
+        self._passing[way].clear()
+        stalled.set()
+        return allowed
 
     def _end(self, connection: _Connection) -> None:
         self._connections.discard(connection)
