@@ -23,14 +23,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from preconditioner_client import Adoption, Shampoo, StalenessConfig
+from preconditioner_client import Shampoo, StalenessConfig
 from preconditioner_client.adapters import consolidate, metrics_source, scalars
 
 CONTEXT = 16
 
 # So small a model is done before a service has started, so here versions are adopted on a schedule, which
 # waits for them, and the run is reproducible. In real training leave `staleness` out: no step waits then.
-STALENESS = StalenessConfig(adoption=Adoption.SCHEDULED, refresh_every=5, delay=5)
+STALENESS = StalenessConfig(adoption="scheduled", refresh_every=5, delay=5)
 
 
 def windows() -> TensorDataset:

@@ -31,13 +31,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from preconditioner_client import Adoption, Shampoo, StalenessConfig
+from preconditioner_client import Shampoo, StalenessConfig
 
 CONTEXT = 16
 
 # So small a model is done before a service has started, so here versions are adopted on a schedule, which
 # waits for them, and the run is reproducible. In real training leave `staleness` out: no step waits then.
-STALENESS = StalenessConfig(adoption=Adoption.SCHEDULED, refresh_every=5, delay=5)
+STALENESS = StalenessConfig(adoption="scheduled", refresh_every=5, delay=5)
 
 
 def batch(text: torch.Tensor, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,14 +30,14 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from preconditioner_client import Adoption, Shampoo, StalenessConfig, attach
+from preconditioner_client import Shampoo, StalenessConfig, attach
 from preconditioner_client.adapters import hf_callback, metrics_source, report_first
 
 CONTEXT = 32
 
 # So small a model is done before a service has started, so here versions are adopted on a schedule, which
 # waits for them, and the run is reproducible. In real training leave `staleness` out: no step waits then.
-STALENESS = StalenessConfig(adoption=Adoption.SCHEDULED, refresh_every=5, delay=5)
+STALENESS = StalenessConfig(adoption="scheduled", refresh_every=5, delay=5)
 
 
 class SourceText(Dataset[dict[str, torch.Tensor]]):

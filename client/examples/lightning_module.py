@@ -8,9 +8,8 @@
     python client/examples/lightning_module.py --devices 2
     python client/examples/lightning_module.py --attach                            # inside of AdamW instead
 
-Lightning calls ``optimizer.step(closure)``. Shampoo takes closures. An attached preconditioner must see the
-gradients that the closure computes, so there ``run_closure_first`` comes before ``attach``. The callback logs
-the metrics; with several processes it also completes the checkpoints of an attached preconditioner.
+Lightning calls ``optimizer.step(closure)``, which both take. The callback logs the metrics; with several
+processes it also completes the checkpoints of an attached preconditioner.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from preconditioner_client import Adoption, Shampoo, StalenessConfig, attach
-from preconditioner_client.adapters import lightning_callback, metrics_source, run_closure_first
+from preconditioner_client import Shampoo, StalenessConfig, attach
+from preconditioner_client.adapters import lightning_callback, metrics_source
 
 CONTEXT = 16
 
 # So small a model is done before a service has started, so here versions are adopted on a schedule, which
 # waits for them, and the run is reproducible. In real training leave `staleness` out: no step waits then.
-STALENESS = StalenessConfig(adoption=Adoption.SCHEDULED, refresh_every=5, delay=5)
+STALENESS = StalenessConfig(adoption="scheduled", refresh_every=5, delay=5)
 
 
 class NextByte(lightning.LightningModule):
@@ -57,7 +56,6 @@ class NextByte(lightning.LightningModule):
         if not self.attached:
             return Shampoo(self.named_parameters(), lr=3e-3, staleness=STALENESS, service=self.service)
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
-        run_closure_first(optimizer)
         attach(optimizer, self, staleness=STALENESS, service=self.service)
         return optimizer
 

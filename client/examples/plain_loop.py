@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from preconditioner_client import Adoption, Shampoo, StalenessConfig, attach
+from preconditioner_client import Shampoo, StalenessConfig, attach
 from preconditioner_client.adapters import log_to_tensorboard, metrics_source
 
 CONTEXT = 16
 
 # So small a model is done before a service has started, so here versions are adopted on a schedule, which
 # waits for them, and the run is reproducible. In real training leave `staleness` out: no step waits then.
-STALENESS = StalenessConfig(adoption=Adoption.SCHEDULED, refresh_every=5, delay=5)
+STALENESS = StalenessConfig(adoption="scheduled", refresh_every=5, delay=5)
 
 
 def batch(text: torch.Tensor, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What joins the client to other libraries: metrics in their logs, state in their checkpoints, closures.
+"""What joins the client to other libraries: metrics in their logs, state in their checkpoints.
 
 Nothing of TensorBoard, Hugging Face or Lightning is imported before one of these functions asks for it.
 
@@ -8,8 +8,6 @@ Nothing of TensorBoard, Hugging Face or Lightning is imported before one of thes
 :func:`hf_callback`             into the logs of a Hugging Face ``Trainer``; see :func:`report_first` too
 :func:`lightning_callback`      to the loggers of a Lightning ``Trainer``
 :func:`consolidate`             the state of all ranks on the one that saves; ``hf_callback`` calls it, too
-:func:`run_closure_first`       lets an optimizer with a preconditioner attached be called with a closure,
-                                as Lightning does
 ==============================  =======================================================================
 """
 
@@ -21,8 +19,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 PREFIX = "preconditioner/"
 """Before the name of every metric, so that they stand together and clash with none of the loop's own."""
@@ -235,41 +231,3 @@ def lightning_callback(optimizer: Any = None, every_n_steps: int | None = None, 
     name = next((name for name in both if name in sys.modules), both[0])
     base = importlib.import_module(name).Callback
     return type("PreconditionerMetrics", (_LightningMetrics, base), {})(optimizer, every_n_steps, prefix)
-
-
-def run_closure_first(optimizer: Optimizer) -> RemovableHandle:
-    """Let ``step(closure)`` of an optimizer run its closure before every other hook, and the step without it.
-
-    An attached preconditioner works on the gradients just before the step, where a closure has not computed
-    them yet; therefore it refuses closures. Lightning passes one to every optimizer, in automatic
-    optimization and in manual one: backward and gradient clipping happen in it. After this call they have
-    happened when the preconditioner's turn comes.
-
-    For optimizers that evaluate their closure once, as all of torch's do but ``LBFGS``. ``step`` then returns
-    None in place of the loss. Call it before ``attach``, since hooks run in the order of their registration.
-
-    Args:
-        optimizer: without a preconditioner as yet.
-
-    Returns:
-        A handle whose ``remove()`` undoes it.
-
-    Raises:
-        ValueError: a preconditioner is attached already, or the optimizer needs its closure.
-    """
-    if getattr(optimizer, "_attached_preconditioner", None) is not None:
-        raise ValueError("call run_closure_first(optimizer) before attach(optimizer), not after it")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates its closure many times in a step; nothing can be run first for it")
-    return optimizer.register_step_pre_hook(_run_closure)
-
-
-def _run_closure(
-    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # torch passes the optimizer itself as the first of args.
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is not None:
-        with torch.enable_grad():
-            closure()
-    return args[:1], {name: value for name, value in kwargs.items() if name != "closure"}

@@ -3,7 +3,8 @@
 :func:`attach` registers step hooks. Just before the user's optimizer reads its gradients they are
 preconditioned and given the length of a diagonal method's direction, in place; the optimizer then does with
 them what it always does. With ``GraftingConfig(method="sgd")`` (default) every block keeps the norm of its
-gradient, so learning rates, clipping and weight decay keep their meaning.
+gradient, so learning rates, clipping and weight decay keep their meaning. A closure given to ``step``, as
+Lightning does, is evaluated first of all, and the optimizer gets the loss that it returned.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, consolidation
+from preconditioner_client import checkpoint, closures, consolidation
 from preconditioner_client.config import (
     BlockingConfig,
     Grafting,
@@ -58,7 +59,7 @@ def attach(
     """Put the asynchronous preconditioner before an existing optimizer.
 
     Args:
-        optimizer: any torch optimizer; its step must not take a closure.
+        optimizer: any torch optimizer that evaluates a closure at most once in a step, as all but ``LBFGS``.
         model: only for the names of its parameters in messages and at the service.
         grafting: what length a preconditioned block is given; default the gradient's own (``sgd``).
         statistics: how the Kronecker statistics are accumulated.
@@ -73,11 +74,17 @@ def attach(
         The handle: ``metrics()``, ``detach()``, ``state_dict()``.
 
     Raises:
-        ValueError: a parameter that cannot be preconditioned, or an optimizer that has one attached already.
+        ValueError: a parameter that cannot be preconditioned, an optimizer that has one attached already, or
+            one that evaluates its closure many times.
         ExchangeError: the service refuses this trainer for good.
     """
     if getattr(optimizer, "_attached_preconditioner", None) is not None:
         raise ValueError("this optimizer has a preconditioner attached already: detach() that one first")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates its closure many times in a step, each with gradients of its own, which an "
+            "attached preconditioner does not see: use another optimizer"
+        )
     names: dict[torch.Tensor, str] = {}
     if model is not None:
         names.update({p: name for name, p in model.named_parameters()})
@@ -220,14 +227,22 @@ class Attachment:
         )
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # torch passes the optimizer itself as the first of args.
-        closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
-        if closure is not None:
-            raise RuntimeError(
-                "an optimizer with a preconditioner attached cannot take a closure: the gradients would be "
-                "computed after they were preconditioned. Call backward() before step(), or use Shampoo"
-            )
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._precondition(optimizer)
+            return None
+        closures.refuse_under_grad_scaler()
+        stand_in = closures.evaluated(closure)
+        self._precondition(optimizer)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": stand_in}
+        return (args[0], stand_in, *args[2:]), kwargs
+
+    def _precondition(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "the gradients are still scaled: call scaler.unscale_(optimizer) before "

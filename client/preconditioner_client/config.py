@@ -6,7 +6,9 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from preconditioner_client.choice import Choice
 
 
 class Grafting(str, enum.Enum):
@@ -68,11 +70,12 @@ class Ridge:
         value: finite and >= 0.
     """
 
-    kind: RidgeKind = RidgeKind.RELATIVE
+    kind: Choice[RidgeKind, Literal["relative", "absolute", "trace", "pseudo_inverse"]] = Choice(
+        RidgeKind.RELATIVE
+    )
     value: float = 1e-6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", RidgeKind(self.kind))
         _require(
             math.isfinite(self.value) and self.value >= 0,
             f"ridge value must be finite and >= 0, not {self.value}",
@@ -94,14 +97,15 @@ class GraftingConfig:
             diagonal to the preconditioned one; 0: at once.
     """
 
-    method: Grafting = Grafting.ADAM
+    method: Choice[Grafting, Literal["none", "sgd", "adagrad", "rmsprop", "adam", "lars", "lamb"]] = Choice(
+        Grafting.ADAM
+    )
     beta2: float = 0.999
     epsilon: float = 1e-8
     trust_coefficient: float = 1e-3
     blend_steps: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", Grafting(self.method))
         _require(0 <= self.beta2 < 1, f"grafting beta2 must be in [0, 1), not {self.beta2}")
         _require(
             self.epsilon >= 0 and math.isfinite(self.epsilon),
@@ -126,13 +130,12 @@ class StatisticsConfig:
         every: steps between two accumulations, >= 1.
     """
 
-    accumulation: Accumulation = Accumulation.EMA
+    accumulation: Choice[Accumulation, Literal["ema", "sum"]] = Choice(Accumulation.EMA)
     beta: float = 0.999
     bias_correction: bool = True
     every: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "accumulation", Accumulation(self.accumulation))
         _require(
             0 <= self.beta < 1,
             f"statistics beta must be in [0, 1), not {self.beta}; for a sum use accumulation='sum'",
@@ -209,17 +212,15 @@ class StalenessConfig:
 
     max_staleness: int = 200
     refresh_every: int | None = None
-    adoption: Adoption = Adoption.EAGER
+    adoption: Choice[Adoption, Literal["eager", "scheduled"]] = Choice(Adoption.EAGER)
     delay: int | None = None
-    policy: StalePolicy = StalePolicy.WAIT
+    policy: Choice[StalePolicy, Literal["wait", "graft", "keep"]] = Choice(StalePolicy.WAIT)
     stale_timeout: float = 60.0
     stagger: bool = True
 
     AUTO_REFRESH: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "adoption", Adoption(self.adoption))
-        object.__setattr__(self, "policy", StalePolicy(self.policy))
         _require(self.max_staleness >= 1, f"max_staleness must be >= 1 step, not {self.max_staleness}")
         _require(
             self.refresh_every is None or self.refresh_every >= 1,

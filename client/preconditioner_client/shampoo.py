@@ -19,7 +19,7 @@ from typing import Any, cast, overload
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, consolidation
+from preconditioner_client import checkpoint, closures, consolidation
 from preconditioner_client.config import (
     BlockingConfig,
     GraftingConfig,
@@ -144,11 +144,13 @@ class Shampoo(Optimizer):
         Raises:
             ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. Or ranks do
                 not train the same.
-            RuntimeError: a gradient is sparse, or replicas have gradients of different parameters.
+            RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
+                goes through a ``GradScaler``.
             ExchangeError: the service refused this trainer for good when it first answered.
         """
         loss = None
         if closure is not None:
+            closures.refuse_under_grad_scaler()
             with torch.enable_grad():
                 loss = closure()
         engine = self._planned()

@@ -214,19 +214,6 @@ def test_a_scaler_skips_an_infinite_step_before_it_reaches_statistics():
     assert handle.metrics()["step"] == 5
 
 
-@pytest.mark.parametrize("as_keyword", [False, True])
-def test_a_closure_is_refused(as_keyword):
-    model, x, y = model_and_data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(optimizer, model, service=LocalExchange())
-
-    def closure():
-        return backward(model, x, y, optimizer)
-
-    with pytest.raises(RuntimeError, match="cannot take a closure"):
-        optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
-
-
 def test_a_group_added_later_joins_and_names_come_from_the_model():
     model, x, y = model_and_data()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)

@@ -17,7 +17,6 @@ from preconditioner_client.adapters import (
     log_to_tensorboard,
     metrics_source,
     report_first,
-    run_closure_first,
     scalars,
 )
 
@@ -119,43 +118,3 @@ def test_the_lightning_callback_is_of_the_library_in_use(library, monkeypatch):
         if other != library:
             monkeypatch.delitem(sys.modules, other, raising=False)
     assert isinstance(lightning_callback(), module.Callback)
-
-
-def test_a_closure_that_runs_first():
-    """Same weights as without a closure; the loss is the price."""
-    expected, _ = trained(attached=True)
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = run_closure_first(optimizer)
-    attach(optimizer, model, staleness=FRESH, service=LocalExchange())
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(torch.randn(8, 4)).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        optimizer.step(closure=closure)
-    optimizer.step(closure)
-    assert optimizer.step(closure) is None
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(p, q)
-    handle.remove()
-    with pytest.raises(RuntimeError, match="closure"):
-        optimizer.step(closure)
-
-
-def test_a_closure_can_only_run_first_before_attach():
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(optimizer, model, service=LocalExchange())
-    with pytest.raises(ValueError, match="before attach"):
-        run_closure_first(optimizer)
-
-
-def test_no_closure_can_run_first_for_lbfgs():
-    with pytest.raises(ValueError, match="LBFGS"):
-        run_closure_first(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))

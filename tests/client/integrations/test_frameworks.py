@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from preconditioner_client import LocalExchange, Shampoo, StalenessConfig, attach
-from preconditioner_client.adapters import lightning_callback, metrics_source, run_closure_first
+from preconditioner_client.adapters import lightning_callback, metrics_source
 from scripted_exchange import ScriptedExchange
 
 SCHEDULED = StalenessConfig(adoption="scheduled", refresh_every=3, delay=4)
@@ -34,7 +34,6 @@ def make(model, attached=False, **settings):
     if not attached:
         return Shampoo(model.named_parameters(), lr=0.01, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    run_closure_first(optimizer)
     attach(optimizer, model, **settings)
     return optimizer
 
