@@ -52,6 +52,8 @@ class ServiceProcess:
         port: default a free one.
         arguments: more of ``serve``.
         environment: more variables.
+        host: where it listens.
+        prefix: stands before its command.
     """
 
     def __init__(
@@ -60,12 +62,15 @@ class ServiceProcess:
         port: int | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
     ) -> None:
+        self.prefix = list(prefix)
         self.port = port or free_port()
         self.workers = workers
-        self.arguments = list(arguments)
+        self.arguments = ["--host", host, *arguments]
         self.environment = dict(environment or {})
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host}:{self.port}"
         self.process: subprocess.Popen[str] | None = None
         self._family: list[psutil.Process] = []
         handle, self._log = tempfile.mkstemp(prefix="service-", suffix=".log")
@@ -77,7 +82,7 @@ class ServiceProcess:
 
     def start(self) -> ServiceProcess:
         command = [
-            sys.executable, "-m", "preconditioner_service", "serve",
+            *self.prefix, sys.executable, "-m", "preconditioner_service", "serve",
             "--port", str(self.port), "--num-workers", str(self.workers),
             # It must not outlive a test run that is killed.
             "--parent-pid", str(os.getpid()),

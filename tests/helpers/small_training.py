@@ -12,9 +12,15 @@ from service_process import TOKEN, wait_for
 
 
 class Training:
-    """A small real model; every step, forward and backward included, is timed."""
+    """A small real model; every step, forward and backward included, is timed.
 
-    def __init__(self, address, **staleness):
+    Args:
+        address: of the service.
+        connection: more of ``ServiceConfig``.
+        staleness: of ``StalenessConfig``.
+    """
+
+    def __init__(self, address, connection=None, **staleness):
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)
@@ -25,7 +31,7 @@ class Training:
             lr=1e-3,
             blocking=BlockingConfig(block_size=128),
             staleness=StalenessConfig(**{"max_staleness": 100_000, **staleness}),
-            service=ServiceConfig(address=address, token=TOKEN),
+            service=ServiceConfig(address=address, token=TOKEN, **(connection or {})),
         )
         self.seconds = []
 
