@@ -14,14 +14,17 @@ from typing import Any, Protocol
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.costs import CostModel
-from preconditioner_service.logs import limited
+from preconditioner_service.logs import event, limited
 from preconditioner_service.pool import BatchLostError, Worker
+from preconditioner_service.quarantine import Quarantine
 from preconditioner_service.scheduler import Batch, BatchLimits, Scheduler
 from preconditioner_service.sessions import Session
 from preconditioner_service.tasks import RootOutcome, RootTask
 
-LOSS_BUDGET = 3
-"""Workers that may die in a row on a block before its snapshot is given up."""
+_QUARANTINED = (
+    "the block is in quarantine: its snapshots are refused until a new epoch, until it is tried again "
+    "(--quarantine-seconds), or until the operator sends the service SIGUSR1"
+)
 
 
 class Pool(Protocol):
@@ -38,9 +41,16 @@ class Pool(Protocol):
 
 
 class Dispatcher:
-    """Keeps every free worker busy while snapshots wait."""
+    """Keeps every free worker busy while snapshots wait.
 
-    def __init__(self, limits: BatchLimits | None = None) -> None:
+    Args:
+        limits: of a batch.
+        quarantine: for blocks on which workers die.
+    """
+
+    def __init__(self, limits: BatchLimits | None = None, quarantine: Quarantine | None = None) -> None:
+        self._quarantine = quarantine or Quarantine()
+        self._sessions: set[Session] = set()
         self._costs = CostModel()
         self._scheduler: Scheduler[Session] = Scheduler(self._costs.estimate, limits)
         self._pool: Pool | None = None
@@ -52,10 +62,12 @@ class Dispatcher:
 
     def open(self, session: Session) -> None:
         """A session may hand in snapshots from now on; or its job's weight is another one now."""
+        self._sessions.add(session)
         self._scheduler.open(session, session.job.name, session.max_staleness, session.job.weight)
 
     def close(self, session: Session) -> None:
         """Drop what waits of a session."""
+        self._sessions.discard(session)
         self._scheduler.close(session, session.job.name)
 
     def kick(self) -> None:
@@ -73,7 +85,10 @@ class Dispatcher:
         if session.closed:
             return
         block = session.blocks[index]
-        if block.computing is None and block.waiting:
+        if self._quarantine.holds(block):
+            while block.waiting:
+                self._fail(session, block.waiting.popleft(), pb.NACK_REASON_WORKER_LOST, _QUARANTINED)
+        elif block.computing is None and block.waiting:
             self._scheduler.push(
                 session,
                 index,
@@ -118,6 +133,7 @@ class Dispatcher:
     def _settle(self, session: Session, snapshot: PackedBlock, outcome: RootOutcome) -> None:
         if session.closed:
             return
+        session.blocks[snapshot.block].quarantined_until = None
         for length, seconds in zip(session.statistics.sides[snapshot.block], outcome.seconds, strict=True):
             self._costs.observe(length, seconds)
         if outcome.sides is not None:
@@ -129,13 +145,24 @@ class Dispatcher:
         if session.closed:
             return
         block = session.blocks[snapshot.block]
-        if error.computing:
-            block.losses += 1
-        if block.losses >= LOSS_BUDGET:
-            detail = f"{LOSS_BUDGET} workers in a row were lost on this block: {error}"
-            self._fail(session, snapshot, pb.NACK_REASON_WORKER_LOST, detail)
-        else:
+        if not error.computing or not self._quarantine.lost(block):
             session.requeue(snapshot.block)
+            return
+        event(
+            logging.ERROR,
+            "block quarantined",
+            job=session.job.name,
+            rank=session.rank,
+            epoch=session.epoch,
+            block=snapshot.block,
+            sides=block.sides,
+            step=snapshot.step,
+            workers_lost=block.losses,
+            seconds=self._quarantine.limits.seconds,
+            why=error,
+        )
+        detail = f"{block.losses} workers in a row were lost on it ({error}). {_QUARANTINED}"
+        self._fail(session, snapshot, pb.NACK_REASON_WORKER_LOST, detail)
 
     def _fail(self, session: Session, snapshot: PackedBlock, reason: pb.NackReason, detail: str) -> None:
         limited(
@@ -151,6 +178,18 @@ class Dispatcher:
             detail=detail,
         )
         session.fail(snapshot.block, snapshot.step, reason, detail)
+
+    def release(self) -> int:
+        """End every quarantine now: the next snapshots have the whole budget again.
+
+        Returns:
+            How many blocks were set aside.
+        """
+        held = [block for session in self._sessions for block in session.blocks if block.quarantined_until]
+        for block in held:
+            block.quarantined_until = None
+            block.losses = 0
+        return len(held)
 
     async def stop(self) -> None:
         """Give up what is being computed."""

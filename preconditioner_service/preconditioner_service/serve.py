@@ -31,6 +31,7 @@ from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.logs import event, limited
 from preconditioner_service.parent import ParentWatch
 from preconditioner_service.pool import PoolError, PoolSettings, RayPool
+from preconditioner_service.quarantine import Quarantine, QuarantineLimits
 from preconditioner_service.quotas import Quotas
 from preconditioner_service.server import ExchangeLimits, Health, Service, enable_reflection
 from preconditioner_service.settings import ServeSettings, is_loopback
@@ -79,7 +80,11 @@ class _Run:
         self._token = settings.read_token()
         self._stop = asyncio.Event()
         self._grace = settings.drain_grace
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(
+            quarantine=Quarantine(
+                QuarantineLimits(after=settings.quarantine_after, seconds=settings.quarantine_seconds)
+            )
+        )
         self._pool = RayPool(
             PoolSettings(
                 num_workers=settings.num_workers,
@@ -157,6 +162,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGUSR1, self._release)
 
         def orphaned(sign: str) -> None:
             event(logging.WARNING, "parent gone", sign=sign)
@@ -170,6 +176,9 @@ class _Run:
         if self._stop.is_set():
             self._hurry()  # whoever sends a second one does not want to wait
         self._stop.set()
+
+    def _release(self) -> None:
+        event(logging.INFO, "quarantines ended", signal="SIGUSR1", blocks=self._dispatcher.release())
 
     def _hurry(self) -> None:
         self._grace = 0.0

@@ -18,6 +18,12 @@ from preconditioner_protos.v1 import preconditioner_pb2 as pb
 MAX_DEPTH = 64
 """Largest ``snapshots_in_flight`` that is granted."""
 
+_MOST_CLIENT = 100
+"""Characters of the trainer's own description that are kept."""
+
+_BLOCK_BYTES, _SESSION_BYTES = 2560, 16 * 1024
+"""Of Python's objects for one, rounded up (measured: 2.3 kB for a block of two sides or of eight)."""
+
 
 class Stream(Protocol):
     """What the board needs of the stream that is attached to a session. No call may block."""
@@ -53,6 +59,8 @@ class BlockState:
     computing: PackedBlock | None = None
     losses: int = 0
     """Times in a row that a worker died on this block."""
+    quarantined_until: float | None = None
+    """See :mod:`preconditioner_service.quarantine`; ``None`` once a worker outlived the block."""
     unsent: deque[PackedBlock] = field(default_factory=deque)
     unreceipted: OrderedDict[int, PackedBlock] = field(default_factory=OrderedDict)
     """Sent ones by step, kept to be sent again if the stream breaks."""
@@ -78,21 +86,44 @@ class Job:
     counters: Counters = field(default_factory=Counters)
 
 
-class Session:
-    """One rank of a job in one epoch. Made by :class:`Board` alone."""
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The most bytes that a session can make the service hold.
 
-    def __init__(self, job: Job, request: pb.OpenSessionRequest, budget_bytes: int) -> None:
+    Attributes:
+        packed: statistics and preconditioners; what quotas of jobs count.
+        bookkeeping: the session's own objects, and the largest block while it is assembled.
+    """
+
+    packed: int
+    bookkeeping: int
+
+    @classmethod
+    def of(cls, manifest: pb.Manifest) -> Footprint:
+        """From a manifest that keeps to the protocol."""
+        statistics = Layout.of_statistics(manifest)
+        largest = max(map(statistics.block_bytes, range(len(statistics))), default=0)
+        own = len(statistics) * _BLOCK_BYTES + 2 * manifest.ByteSize()
+        return cls(budget_bytes(manifest), _SESSION_BYTES + own + largest)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.packed + self.bookkeeping
+
+
+class Plan:
+    """What a session derives from its manifest: the part of opening one that takes long for many blocks.
+
+    Args:
+        request: checked against protocol and quotas.
+    """
+
+    def __init__(self, request: pb.OpenSessionRequest) -> None:
         manifest = request.manifest
-        self.id = secrets.token_urlsafe(24)
-        self.job = job
-        self.rank: int = request.rank
-        self.epoch: int = request.epoch
-        self.world_size: int = request.world_size
-        self.client: str = request.client
-        self.max_staleness: int = request.max_staleness
         self.manifest_bytes = manifest.SerializeToString(deterministic=True)
         self.depth = depth_of(manifest)
-        self.budget_bytes = budget_bytes
+        self.footprint = Footprint.of(manifest)
         self.statistics = Layout.of_statistics(manifest)
         self.preconditioners = Layout.of_preconditioners(manifest)
         self.blocks = [
@@ -100,10 +131,30 @@ class Session:
                 index,
                 tuple(side.length for side in block.sides),
                 tuple(side.root_order for side in block.sides),
-                block.ridge,
+                # A copy, since a part of a message keeps all of it in memory.
+                pb.Ridge(kind=block.ridge.kind, value=block.ridge.value),
             )
             for index, block in enumerate(manifest.blocks)
         ]
+
+
+class Session:
+    """One rank of a job in one epoch. Made by :class:`Board` alone."""
+
+    def __init__(self, job: Job, request: pb.OpenSessionRequest, plan: Plan) -> None:
+        self.id = secrets.token_urlsafe(24)
+        self.job = job
+        self.rank: int = request.rank
+        self.epoch: int = request.epoch
+        self.world_size: int = request.world_size
+        self.client: str = request.client[:_MOST_CLIENT]
+        self.max_staleness: int = request.max_staleness
+        self.manifest_bytes = plan.manifest_bytes
+        self.depth = plan.depth
+        self.footprint = plan.footprint
+        self.statistics = plan.statistics
+        self.preconditioners = plan.preconditioners
+        self.blocks = plan.blocks
         self.dirty: OrderedDict[int, None] = OrderedDict()
         """Blocks with something to push, in the order in which they became so."""
         self.newest_step = 0

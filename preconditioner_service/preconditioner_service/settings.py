@@ -99,6 +99,12 @@ class ServeSettings(BaseSettings):
         allow_inf_nan=False,
         description="seconds beyond 20 times its estimate after which a batch is lost, its actor restarted",
     )
+    quarantine_after: PositiveInt = Field(
+        3, description="actors that must die on a block in a row before its snapshots are refused"
+    )
+    quarantine_seconds: Seconds = Field(
+        300.0, description="until such a block is tried again; SIGUSR1 ends all quarantines at once"
+    )
 
     # Limits.
     max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=64 * 1024, le=64 * MIB)

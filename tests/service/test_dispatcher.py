@@ -10,8 +10,9 @@ import pytest
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Board
-from preconditioner_service.dispatcher import LOSS_BUDGET, Dispatcher
+from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.pool import BatchLostError, Worker
+from preconditioner_service.quarantine import Quarantine, QuarantineLimits
 from preconditioner_service.scheduler import BatchLimits
 from preconditioner_service.tasks import RootOutcome
 from raw_trainer import manifest, open_request
@@ -75,9 +76,9 @@ async def settle() -> None:
 
 
 class Bench:
-    def __init__(self, *shapes, workers=1, **limits) -> None:
+    def __init__(self, *shapes, workers=1, quarantine=None, **limits) -> None:
         self.board = Board(1 << 30, 10.0)
-        self.dispatcher = Dispatcher(BatchLimits(**limits))
+        self.dispatcher = Dispatcher(BatchLimits(**limits), quarantine)
         self.pool = HandPool(workers)
         self.dispatcher.use(self.pool)
         self.session, _ = self.board.open(open_request("job", manifest(*shapes)))
@@ -168,21 +169,104 @@ def test_a_lost_batch_is_computed_again_each_suspect_alone():
     run(scenario)
 
 
-def test_the_budget_of_losses_ends_in_a_nack_and_the_next_snapshot_has_its_own():
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def poisoned(after=3):
+    """A bench whose block 0 was set aside, and the clock of its quarantine."""
+    clock = Clock()
+    bench = Bench((4,), (4,), quarantine=Quarantine(QuarantineLimits(after=after, seconds=60.0), clock))
+    return bench, clock
+
+
+async def kill_with_block_0(bench, step):
+    bench.snapshot(0, step)
+    bench.dispatcher.kick()
+    while bench.pool.calls:
+        await bench.pool.lose()
+
+
+def test_a_block_on_which_workers_die_is_set_aside_by_name_and_the_others_are_served():
     async def scenario():
-        bench = Bench((4,))
+        bench, _ = poisoned()
         bench.snapshot(0, 1)
         bench.dispatcher.kick()
-        for _ in range(LOSS_BUDGET):
+        for _ in range(3):
             assert not bench.stream.nacks
             await bench.pool.lose()
         (nack,) = bench.stream.nacks
         assert (nack.block, nack.step, nack.reason) == (0, 1, pb.NACK_REASON_WORKER_LOST)
+        assert "quarantine" in nack.detail
+        bench.snapshot(0, 2)
+        bench.snapshot(1, 2)
+        bench.dispatcher.kick()
+        assert [(nack.block, nack.step) for nack in bench.stream.nacks] == [(0, 1), (0, 2)]
+        await bench.pool.succeed()
+        assert bench.published() == [(1, 2)]
         assert not bench.pool.calls
+
+    run(scenario)
+
+
+def test_after_its_time_a_quarantined_block_has_one_try():
+    async def scenario():
+        bench, clock = poisoned()
+        await kill_with_block_0(bench, 1)
+        clock.now = 60.0
+        bench.snapshot(0, 2)
+        bench.dispatcher.kick()
+        await bench.pool.lose()
+        assert [nack.step for nack in bench.stream.nacks] == [1, 2]
+        clock.now = 119.0
+        bench.snapshot(0, 3)
+        assert [nack.step for nack in bench.stream.nacks] == [1, 2, 3]
+        clock.now = 120.0
+        bench.snapshot(0, 4)
+        bench.dispatcher.kick()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 4)]
+        # It lived: the whole budget is back.
+        bench.snapshot(0, 5)
+        bench.dispatcher.kick()
+        await bench.pool.lose()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 5)]
+
+    run(scenario)
+
+
+def test_the_operator_ends_quarantines():
+    async def scenario():
+        bench, _ = poisoned(after=1)
+        await kill_with_block_0(bench, 1)
+        assert bench.dispatcher.release() == 1
+        assert bench.dispatcher.release() == 0
         bench.snapshot(0, 2)
         bench.dispatcher.kick()
         await bench.pool.succeed()
         assert bench.published() == [(0, 2)]
+
+    run(scenario)
+
+
+def test_a_new_epoch_begins_without_quarantine():
+    async def scenario():
+        bench, _ = poisoned(after=1)
+        await kill_with_block_0(bench, 1)
+        session, fenced = bench.board.open(open_request("job", manifest((4,), (4,)), epoch=2))
+        for old in fenced:
+            bench.dispatcher.close(old)
+        bench.session = session
+        bench.dispatcher.open(session)
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 1)]
+        assert bench.dispatcher.release() == 0
 
     run(scenario)
 
@@ -192,7 +276,7 @@ def test_who_only_queued_behind_a_death_is_not_blamed():
         bench = Bench((4,))
         bench.snapshot(0, 1)
         bench.dispatcher.kick()
-        for _ in range(3 * LOSS_BUDGET):
+        for _ in range(10):
             await bench.pool.lose(computing=False)
         assert not bench.stream.nacks
         await bench.pool.succeed()
