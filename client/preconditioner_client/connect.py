@@ -8,6 +8,7 @@ import re
 import socket
 
 from preconditioner_client.exchange import Exchange
+from preconditioner_client.recording import TrainerHistory
 from preconditioner_client.service_config import ServiceConfig
 
 _numbers = itertools.count()
@@ -31,6 +32,12 @@ def make_exchange(service: str | ServiceConfig | Exchange | None, job: str | Non
 
     config = ServiceConfig.resolve(service)
     return ServiceExchange(config), job or config.job or _default_job()
+
+
+def history_of(exchange: Exchange) -> TrainerHistory | None:
+    """Where what happens is recorded, if it is."""
+    history = getattr(exchange, "history", None)
+    return history if isinstance(history, TrainerHistory) else None
 
 
 def _default_job() -> str:

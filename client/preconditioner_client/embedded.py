@@ -51,6 +51,8 @@ _INHERITED = frozenset(
         "CPUS_PER_WORKER",
         "WORKER_NICE",
         "OBJECT_STORE_BYTES",
+        "HISTORY_FILE",
+        "HISTORY_MATRICES",
     )
 )
 

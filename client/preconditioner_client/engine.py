@@ -15,14 +15,16 @@ import torch
 
 from preconditioner_client.agreement import Described, agree
 from preconditioner_client.config import Grafting, GraftingConfig, StalenessConfig
-from preconditioner_client.connect import make_exchange
+from preconditioner_client.connect import history_of, make_exchange
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
+from preconditioner_client.gradients import check_finite, named, not_finite
+from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
 from preconditioner_client.refresh import Mask, Refresher
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.sharing import SharedUpdates
-from preconditioner_client.transfer import UploadingExchange
+from preconditioner_client.transfer import UploadingExchange, upload
 
 MaybeTensors = Sequence[torch.Tensor | None]
 """One entry for each parameter of a group; None for one without a gradient in this step."""
@@ -60,6 +62,10 @@ class Engine:
         self.step = 0
         self.epoch = time.time_ns() // 1000
         self._raw_exchange, self._job = make_exchange(service, job)
+        self._history = self.refresher.history = history_of(self._raw_exchange)
+        self._step_began = 0.0
+        self._waited_before = 0.0
+        self._usable: Mask = np.empty(0, dtype=np.bool_)
         self._exchange = self._raw_exchange
         self._entries: list[StackPlan] = []
         self._session_due = False
@@ -69,6 +75,7 @@ class Engine:
         self._devices: list[torch.device] = []
         self._texts: list[str] = []
         self._shared: SharedUpdates | None = None
+        self._skipped = SkippedSteps()
 
     def add_group(
         self, settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str]
@@ -134,12 +141,41 @@ class Engine:
         self._session_due = False
         self.ranks = Ranks()
         self.refresher = Refresher(self.refresher.config, [], self._snapshots, self._adopt)
+        self.refresher.history = self._history
 
-    def advance(self, gradients: Sequence[MaybeTensors]) -> Mask:
+    def examine(self, gradients: Sequence[MaybeTensors]) -> Guard | None:
+        """Find NaN and infinity before they reach anything.
+
+        Args:
+            gradients: for each group what this rank holds of its parameters' gradients. On an accelerator all
+                become zero if one of them is not finite.
+
+        Returns:
+            The verdict, where the host does not wait for it. None: all are finite.
+
+        Raises:
+            ValueError: one is not finite, and the host knows it; see
+                :func:`preconditioner_client.gradients.check_finite`.
+        """
+        names = [plan.names for plan in self.plans]
+        present = named(gradients, names)
+        devices = {gradient.device for _, gradient in present}
+        if len(devices) > 1 or not is_deferred(present[0][1].device):
+            check_finite(gradients, names, self.ranks.maximum_over_shards)
+            return None
+        verdict = not_finite([gradient for _, gradient in present])
+        self.ranks.maximum_over_shards(verdict)
+        guard = Guard(verdict.any())
+        guard.clear_([gradient for _, gradient in present])
+        self._skipped.note(self.step + 1, [name for name, _ in present], verdict)
+        return guard
+
+    def advance(self, gradients: Sequence[MaybeTensors], guard: Guard | None = None) -> Mask:
         """Begin the next step: accumulate statistics, offer snapshots, adopt what is there.
 
         Args:
             gradients: for each group what this rank holds of its parameters' gradients.
+            guard: as :meth:`examine` returned it.
 
         Returns:
             For each block of this rank whether its preconditioner may be used in this step.
@@ -152,15 +188,22 @@ class Engine:
         if self._session_due:
             self._open_session()
         self.step += 1
+        if self._history is not None:
+            self._step_began = time.perf_counter()
+            self._waited_before = self.refresher.wait_seconds
+            self._history.step_begun(self.step)
         for plan, of_group in zip(self.plans, gradients, strict=True):
             if self.step % plan.settings.statistics.every:
                 continue
             for entry in plan.stacks:
                 rows = entry.rows_with(of_group)
                 if rows:
-                    entry.stack.accumulate(entry.stack.gather(of_group, rows), rows)
+                    entry.stack.accumulate(entry.stack.gather(of_group, rows), rows, guard)
+        if (shared := self._sharing()) is not None:
+            shared.begin(gradients)
         self.refresher.offer(self._exchange, self.step)
-        return self.refresher.settle(self._exchange, self.step)
+        self._usable = self.refresher.settle(self._exchange, self.step)
+        return self._usable
 
     def precondition(
         self,
@@ -181,25 +224,45 @@ class Engine:
             grafting: whether a block takes the length of what it replaces, and how it is blended in.
             usable: as :meth:`advance` returned it.
         """
+        shared = self._sharing()
+        number = next(i for i, known in enumerate(self.plans) if known is plan)
+        if shared is not None:
+            shared.begin_group(number, updates)
         for entry in plan.stacks:
             mask = usable[entry.first : entry.first + len(entry.stack)]
-            if not mask.any():
-                continue
             rows = tuple(row for row in entry.rows_with(updates) if mask[row])
-            if not rows:
+            if shared is None:
+                self._precondition(entry, rows, filtered, updates, grafting)
                 continue
-            blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
-            diagonal = entry.stack.gather(updates, rows)
-            shape = (-1, *(1,) * (blocks.ndim - 1))
-            if grafting.method is not Grafting.NONE:
-                lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
-                own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
-                scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
-                blocks = blocks * scale.view(shape)
-            weights = self._blend(entry, rows, grafting.blend_steps)
-            if weights is not None:
-                blocks = torch.lerp(diagonal, blocks, weights.to(blocks.device).view(shape))
-            entry.stack.scatter(blocks, updates, rows)
+            for piece in shared.pieces(entry):
+                within = tuple(row for row in rows if piece.rows[0] <= row <= piece.rows[-1])
+                self._precondition(entry, within, filtered, updates, grafting)
+                shared.finished(number, piece)
+        if shared is not None:
+            shared.end_group(number)
+
+    def _precondition(
+        self,
+        entry: StackPlan,
+        rows: tuple[int, ...],
+        filtered: MaybeTensors,
+        updates: MaybeTensors,
+        grafting: GraftingConfig,
+    ) -> None:
+        if not rows:
+            return
+        blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
+        diagonal = entry.stack.gather(updates, rows)
+        shape = (-1, *(1,) * (blocks.ndim - 1))
+        if grafting.method is not Grafting.NONE:
+            lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
+            own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+            scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
+            blocks = blocks * scale.view(shape)
+        weights = self._blend(entry, rows, grafting.blend_steps)
+        if weights is not None:
+            blocks = torch.lerp(diagonal, blocks, weights.view(shape))
+        entry.stack.scatter(blocks, updates, rows)
 
     def share(self, updates: Sequence[MaybeTensors]) -> None:
         """Take every block's finished direction from the replica that owns it.
@@ -212,13 +275,22 @@ class Engine:
         Raises:
             RuntimeError: replicas had gradients of different parameters, see :class:`SharedUpdates`.
         """
-        if self.ranks.replicas > 1:
-            if self._shared is None:
-                self._shared = SharedUpdates(self.plans, self.ranks, local(self.parameters[0]).device)
-            self._shared.share(updates)
+        if (shared := self._sharing()) is not None:
+            shared.complete(updates)
+
+    def _sharing(self) -> SharedUpdates | None:
+        """What brings the blocks of other replicas; None where there is one."""
+        if self._shared is None and self.ranks.replicas > 1:
+            self._shared = SharedUpdates(self.plans, self.ranks, local(self.parameters[0]).device)
+        return self._shared
+        if self._history is not None:
+            waited = self.refresher.wait_seconds - self._waited_before
+            seconds = time.perf_counter() - self._step_began
+            self._history.step_ended(self.step, seconds, waited, self._usable)
 
     def metrics(self) -> dict[str, Any]:
         """Counters of freshness and exchange, see ``Shampoo.metrics``."""
+        self._skipped.poll()
         return {
             **self._exchange.counters(),
             **self.refresher.metrics(),
@@ -226,6 +298,7 @@ class Engine:
             "epoch": self.epoch,
             "age": self.refresher.age(self.step),
             "max_staleness": self.refresher.config.max_staleness,
+            "nonfinite_steps": self._skipped.count,
         }
 
     def resume(self, step: int, saved_epoch: int) -> None:
@@ -247,26 +320,33 @@ class Engine:
             Described(text, local(parameter))
             for text, parameter in zip(self._texts, self.parameters, strict=True)
         ]
-        self.epoch, self._job = agree(
-            self.ranks, self.epoch, self._job, self.step, str(self.refresher.config), described
-        )
+        self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, self._common(), described)
         self._session_due = False
+        staleness = self.refresher.config
+        session = SessionSpec(
+            job=self._job,
+            epoch=self.epoch,
+            blocks=tuple(spec for plan in self.plans for spec in plan.specs),
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            max_staleness=staleness.max_staleness,
+            snapshots_in_flight=staleness.snapshots_in_flight,
+        )
+        if self._history is not None:
+            self._history.session(session, staleness, self.refresher.versions, self.step)
         if not self._entries:
             return
         devices = [entry.stack.device for entry in self._entries]
         if any(device.type == "cuda" for device in devices):
             self._exchange = UploadingExchange(self._raw_exchange, devices)
-        staleness = self.refresher.config
-        self._exchange.open(
-            SessionSpec(
-                job=self._job,
-                epoch=self.epoch,
-                blocks=tuple(spec for plan in self.plans for spec in plan.specs),
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                max_staleness=staleness.max_staleness,
-                snapshots_in_flight=staleness.snapshots_in_flight,
-            )
+        self._exchange.open(session)
+
+    def _common(self) -> str:
+        """What all ranks must have set alike, beside what belongs to a parameter."""
+        ranks = self.ranks
+        return (
+            f"{self.refresher.config}, communication_dtype={ranks.communication_dtype}, "
+            f"bucket_bytes={ranks.bucket_bytes}"
         )
 
     def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:
@@ -275,7 +355,9 @@ class Engine:
             return None
         begun = self.refresher.first_adopted[np.asarray(rows) + entry.first]
         weights = np.minimum(1.0, (self.step - begun + 1) / (steps + 1))
-        return None if (weights == 1.0).all() else torch.from_numpy(weights.astype(np.float32))
+        if (weights == 1.0).all():
+            return None
+        return upload(weights.tolist(), torch.float32, entry.stack.device)
 
     def _by_stack(self, blocks: Sequence[int]) -> list[tuple[StackPlan, list[int]]]:
         """Positions in ``blocks``, grouped by the stack that holds them."""
@@ -288,6 +370,10 @@ class Engine:
         snapshots = []
         for entry, positions in self._by_stack(blocks):
             rows = [blocks[i] - entry.first for i in positions]
+            # A frozen block has no statistics, whose root would be the identity, and no preconditioner.
+            rows = [row for row in rows if entry.stack.updates[row]]
+            if not rows:
+                continue
             taken = entry.stack.snapshot(rows)
             for row, sides in zip(rows, taken.sides, strict=True):
                 snapshots.append(Snapshot(entry.first + row, step, sides, taken.ready))

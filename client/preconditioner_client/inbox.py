@@ -66,6 +66,10 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._items)
 
+    def arrived(self) -> list[int]:
+        """The block of every preconditioner that waits."""
+        return [block for block, _, arrived in self._items if arrived]
+
     def is_new(self, block: int, step: int) -> bool:
         """Whether (block, step) is newer than all preconditioners of its block so far."""
         return step > self._newest.get(block, -1)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from preconditioner_client.announcement import open_request
 from preconditioner_client.exchange import Arrival, ExchangeError, Rejection, SessionSpec, Snapshot
 from preconditioner_client.inbox import Inbox
+from preconditioner_client.order import Lane, Order
 from preconditioner_client.outbox import Key, Outbox
-from preconditioner_protos import packed_length
-from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_client.recording import SessionHistory, TrainerHistory
 
 _COUNTERS = (
     "bytes_sent",
@@ -24,41 +22,6 @@ _COUNTERS = (
     "connections",
 )
 _RECEIPT_SECONDS = 0.01
-_ITEM_BYTES = 4  # float32 both ways
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Order:
-    """A session that the trainer asked for; compared by identity, since a later one replaces it."""
-
-    spec: SessionSpec
-    request: pb.OpenSessionRequest
-    block_bytes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, spec: SessionSpec) -> Order:
-        """The order for a session: how it is announced, and the packed size of each of its blocks.
-
-        Raises:
-            ManifestError: the session contradicts the protocol.
-        """
-        return cls(
-            spec,
-            open_request(spec),
-            tuple(sum(map(packed_length, b.sides)) * _ITEM_BYTES for b in spec.blocks),
-        )
-
-
-class Lane:
-    """Names one stream: what carries an older lane than the mailbox's is out of date and is ignored."""
-
-    __slots__ = ("attached", "draining", "receipt_bytes", "receipts")
-
-    def __init__(self) -> None:
-        self.attached = False
-        self.draining = False
-        self.receipts: list[Key] = []
-        self.receipt_bytes = 0
 
 
 class Mailbox:
@@ -67,15 +30,23 @@ class Mailbox:
     Args:
         outbox_bytes: bound of the snapshots that wait, see :class:`Outbox`.
         credit_bytes: preconditioners that the service may have without receipt.
+        history: what happens is recorded there.
     """
 
-    def __init__(self, outbox_bytes: int | None = None, credit_bytes: int = 64 * 1024 * 1024) -> None:
+    def __init__(
+        self,
+        outbox_bytes: int | None = None,
+        credit_bytes: int = 64 * 1024 * 1024,
+        history: TrainerHistory | None = None,
+    ) -> None:
         # Reentrant, since a garbage collection inside may run a finalizer that comes back to it.
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._activity = threading.Condition(self._lock)
         self._outbox_bytes = outbox_bytes
         self._credit_bytes = credit_bytes
+        self._history = history
+        self._log: SessionHistory | None = None
         self._order: Order | None = None
         self._lane: Lane | None = None
         self._outbox = Outbox(())
@@ -111,10 +82,11 @@ class Mailbox:
         Raises:
             ManifestError: the session contradicts the protocol.
         """
-        order = Order.of(spec)
+        order = Order.of(spec, self._history)
         with self._lock:
             self._settle()
             self._order = order
+            self._log = order.log
             self._lane = None
             self._session_id = ""
             self._reoffer_due = False
@@ -132,7 +104,12 @@ class Mailbox:
             for snapshot in snapshots:
                 for lost in self._outbox.put(snapshot):
                     detail = f"the outbox is bounded to {self._outbox_bytes} bytes"
-                    self._inbox.reject(Rejection(lost.block, lost.step, "OUTBOX_FULL", detail))
+                    rejection = Rejection(lost.block, lost.step, "OUTBOX_FULL", detail)
+                    self._inbox.reject(rejection)
+                    if self._log is not None:
+                        self._log.nacked(rejection, on_arrival=False)
+            if self._log is not None and self._log.held_is_due():
+                self._record_held(self._log)
             self._work.notify_all()
 
     def collect(self) -> list[Arrival | Rejection]:
@@ -226,6 +203,8 @@ class Mailbox:
             self._reoffer_due = self._order is not None and self._order.spec.snapshots_in_flight > 1
             self._generation += 1
             self._totals["connections"] += 1
+            if self._log is not None:
+                self._log.attached(True)
             self._work.notify_all()
             self._activity.notify_all()
 
@@ -234,6 +213,8 @@ class Mailbox:
         with self._lock:
             if self._lane is lane:
                 self._lane = None
+                if self._log is not None and lane.attached:
+                    self._log.attached(False)
             self._work.notify_all()
 
     # -- the sending thread --------------------------------------------------------------------------
@@ -281,12 +262,18 @@ class Mailbox:
         with self._lock:
             if self._lane is not lane:
                 return
-            if self._inbox.deliver(arrival):
+            is_new = self._inbox.deliver(arrival)
+            if is_new:
                 self._totals["received"] += 1
                 self._totals["bytes_received"] += packed_bytes
                 self._activity.notify_all()
             else:
                 self._totals["dropped"] += 1
+            if self._log is not None:
+                if is_new:
+                    self._log.received(arrival)
+                else:
+                    self._log.dropped(arrival.block, arrival.step, "OUTDATED")
             self._acknowledge(lane, arrival.block, arrival.step)
 
     def drop(self, lane: Lane, block: int, step: int, rejection: Rejection | None = None) -> None:
@@ -295,6 +282,9 @@ class Mailbox:
             if self._lane is not lane:
                 return
             self._totals["dropped"] += 1
+            if self._log is not None:
+                reason = "OUTDATED" if rejection is None else rejection.reason
+                self._log.dropped(block, step, reason)
             self._acknowledge(lane, block, step)
             if rejection is not None and self._inbox.is_new(block, step):
                 self._inbox.reject(rejection)
@@ -307,6 +297,8 @@ class Mailbox:
                 return
             for block, step in keys:
                 self._outbox.acknowledged(block, step)
+            if self._log is not None:
+                self._log.acknowledged(keys)
             self._work.notify_all()
 
     def refused(self, lane: Lane, rejection: Rejection, on_arrival: bool) -> None:
@@ -315,6 +307,8 @@ class Mailbox:
             if self._lane is not lane:
                 return
             self._totals["nacks"] += 1
+            if self._log is not None:
+                self._log.nacked(rejection, on_arrival)
             if on_arrival:
                 self._work.notify_all()
                 if self._outbox.refused(rejection.block, rejection.step, rejection.reason == "OUTDATED"):
@@ -342,6 +336,19 @@ class Mailbox:
             lane.receipt_bytes += self._order.block_bytes[block]
         if len(lane.receipts) == 1 or 4 * lane.receipt_bytes >= self._credit_bytes:
             self._work.notify_all()
+
+    def _record_held(self, log: SessionHistory) -> None:
+        assert self._order is not None  # it has the log
+        sizes = self._order.block_bytes
+        each = self._order.spec.snapshots_in_flight * sum(sizes)
+        log.held(
+            waiting=self._outbox.waiting_bytes,
+            waiting_budget=each if self._outbox_bytes is None else min(each, self._outbox_bytes),
+            unanswered=self._outbox.unanswered_bytes,
+            unanswered_budget=max(self._outbox.credit_bytes, max(sizes, default=0)),
+            inbox=sum(sizes[block] for block in self._inbox.arrived()),
+            inbox_budget=each,
+        )
 
     def _settle(self) -> None:
         """Carry what outbox and inbox counted over to the totals, before they are replaced."""

@@ -55,6 +55,11 @@ class Outbox:
         """Packed bytes that were sent and neither acknowledged nor refused."""
         return self._unanswered_bytes
 
+    @property
+    def credit_bytes(self) -> int:
+        """What may be unanswered on this stream, unless it is one block alone."""
+        return self._credit
+
     def __len__(self) -> int:
         """Snapshots that wait to be sent."""
         return sum(len(queue) for queue in self._waiting.values())

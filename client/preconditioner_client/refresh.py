@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from preconditioner_client.config import Adoption, StalenessConfig, StalePolicy
 from preconditioner_client.exchange import Arrival, Exchange, Rejection, Snapshot
+from preconditioner_client.recording import TrainerHistory
 
 logger = logging.getLogger("preconditioner_client")
 
@@ -48,6 +49,7 @@ class Refresher:
         adopt: Callable[[Sequence[Arrival]], None],
     ) -> None:
         self.config = staleness
+        self.history: TrainerHistory | None = None
         self._take = take
         self._adopt = adopt
         self.versions: Steps = np.empty(0, dtype=np.int64)
@@ -146,6 +148,9 @@ class Refresher:
                 self._warn("stale", "blocks beyond the bound take the grafted diagonal step")
         else:
             self._warned.discard("stale")
+        if self.history is not None:
+            action = "keep" if self.config.policy is StalePolicy.KEEP else "graft"
+            self.history.acted(step, action, beyond)
         if usable.any():
             age = step - int(self.versions[usable].min())
             self.counters["age_max"] = max(self.counters["age_max"], age)
@@ -189,7 +194,11 @@ class Refresher:
             return
         snapshots = self._take([int(b) for b in blocks], step)
         self._last_snapshot[blocks] = step
-        self._outstanding[blocks] = step
+        if not snapshots:
+            return
+        self._outstanding[[snapshot.block for snapshot in snapshots]] = step
+        if self.history is not None:
+            self.history.taken(snapshots)
         if self.config.adoption is Adoption.SCHEDULED:
             self.scheduled.update({(s.block, s.step): s for s in snapshots})
         exchange.offer(snapshots, step)
@@ -227,6 +236,8 @@ class Refresher:
         if not adopted:
             return
         self._adopt(list(adopted.values()))
+        if self.history is not None:
+            self.history.adopted(adopted.values(), step)
         for arrival in adopted.values():
             block = arrival.block
             self.versions[block] = arrival.step
@@ -239,6 +250,8 @@ class Refresher:
         self.counters["versions_adopted"] += len(adopted)
         if self._breaker_open:
             self._breaker_open = False
+            if self.history is not None:
+                self.history.breaker(step, opened=False)
             logger.warning("step %d: preconditioners arrive again; steps may wait for them again", step)
 
     def _due_now(self, step: int) -> list[Arrival]:
@@ -278,6 +291,8 @@ class Refresher:
         began = time.monotonic()
         deadline = began + self.config.stale_timeout
         self.counters["waits"] += 1
+        if self.history is not None:
+            self.history.wait_begun(step, late)
         while late.any():
             if exchange.generation != self._generation:
                 self._reoffer(exchange, step)
@@ -299,7 +314,12 @@ class Refresher:
                 break
             self._collect(exchange, step)
             late = self._late(step)
-        self.wait_seconds += time.monotonic() - began
+        waited = time.monotonic() - began
+        self.wait_seconds += waited
+        if self.history is not None:
+            self.history.wait_ended(step, waited, timed_out=self._breaker_open)
+            if self._breaker_open:
+                self.history.breaker(step, opened=True)
 
     def _warn(self, state: str, message: str) -> None:
         """Log a state once, until it has ended."""

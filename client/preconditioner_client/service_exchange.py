@@ -16,8 +16,10 @@ from preconditioner_client.connection import preflight
 from preconditioner_client.endpoint import EmbeddedEndpoint, Endpoint, FixedEndpoint, check_installed
 from preconditioner_client.exchange import Arrival, Rejection, SessionSpec, Snapshot
 from preconditioner_client.mailbox import Mailbox
+from preconditioner_client.recording import TrainerHistory
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.supervisor import Supervisor
+from preconditioner_protos.history import HistoryRecorder
 
 logger = logging.getLogger("preconditioner_client")
 
@@ -38,7 +40,7 @@ class ServiceExchange:
     Raises:
         ExchangeError: the service refuses this trainer for good (wrong token, wrong protocol version, TLS on
             one side only), or an embedded one is not installed.
-        ValueError: a token or TLS file cannot be read.
+        ValueError: a token or TLS file cannot be read, or the history cannot be written.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -48,7 +50,11 @@ class ServiceExchange:
             check_installed()
         else:
             reachable = preflight(config)
-        self._mailbox = Mailbox(config.outbox_bytes, config.credit_bytes)
+        self.history: TrainerHistory | None = None
+        if config.history_file is not None:
+            recorder = HistoryRecorder(config.history_file, "trainer", config.history_matrices)
+            self.history = TrainerHistory(recorder)
+        self._mailbox = Mailbox(config.outbox_bytes, config.credit_bytes, self.history)
         self._background: _Background | None = None
         self._warned = not reachable
         self._closed = False
@@ -106,6 +112,8 @@ class ServiceExchange:
         self._closed = True
         if self._background is not None:
             self._background.close()
+        if self.history is not None:
+            self.history.close()
 
     def _foreign(self) -> bool:
         """Whether this is a forked child of the process that runs the background."""

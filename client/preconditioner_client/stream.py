@@ -18,7 +18,8 @@ import torch
 from preconditioner_client.connection import Metadata, stub
 from preconditioner_client.exchange import Rejection, Snapshot
 from preconditioner_client.inbox import NotFiniteError, unpack_arrival
-from preconditioner_client.mailbox import Lane, Mailbox, Order
+from preconditioner_client.mailbox import Mailbox
+from preconditioner_client.order import Lane, Order
 from preconditioner_protos import Assembler, Layout, PackedBlock, Refusal, chunk_messages
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
@@ -54,6 +55,7 @@ class Stream:
         self._mailbox = mailbox
         self._lane = lane
         self._spec = order.spec
+        self._log = order.log
         self._session_id = opened.session_id
         self._limits = opened.limits
         self._credit_bytes = credit_bytes
@@ -137,6 +139,8 @@ class Stream:
     def _ready_blocks(self) -> Iterator[PackedBlock]:
         while (snapshot := self._mailbox.take_snapshot(self._lane)) is not None:
             _await_copy(snapshot)
+            if self._log is not None:
+                self._log.sent(snapshot)
             sides = tuple(side.numpy().astype("<f4", copy=False) for side in snapshot.sides)
             yield PackedBlock(snapshot.block, snapshot.step, sides)
 

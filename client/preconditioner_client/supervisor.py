@@ -22,7 +22,8 @@ from preconditioner_client.connection import (
 )
 from preconditioner_client.endpoint import Endpoint
 from preconditioner_client.exchange import ExchangeError
-from preconditioner_client.mailbox import Mailbox, Order
+from preconditioner_client.mailbox import Mailbox
+from preconditioner_client.order import Order
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.stream import Stream
 from preconditioner_protos import MAX_MESSAGE_BYTES

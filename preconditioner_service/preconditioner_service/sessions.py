@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from preconditioner_protos import Layout, PackedBlock
+from preconditioner_protos.history import Kind
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.history import SessionHistory
 
 MAX_DEPTH = 64
 """Largest ``snapshots_in_flight`` that is granted."""
@@ -161,9 +163,15 @@ class Session:
         self.stream: Stream | None = None
         self.closed = False
         self.expires_at = 0.0
+        self.history: SessionHistory | None = None
 
     def __str__(self) -> str:
         return f"job={self.job.name} rank={self.rank} epoch={self.epoch}"
+
+    def say(self, kind: Kind, **data: object) -> None:
+        """Record what happened to the session, if it is recorded."""
+        if self.history is not None:
+            self.history.say(kind, **data)
 
     # Snapshots, on their way to the workers.
 
@@ -175,6 +183,7 @@ class Session:
         """
         block = self.blocks[snapshot.block]
         if block.newest is not None and snapshot.step <= block.newest:
+            self.refused(snapshot.block, snapshot.step, pb.NACK_REASON_OUTDATED)
             return False
         block.newest = snapshot.step
         self.newest_step = max(self.newest_step, snapshot.step)
@@ -182,7 +191,14 @@ class Session:
         while len(block.waiting) > self.depth:
             block.waiting.popleft()
         self.job.counters.snapshots_received += 1
+        if self.history is not None:
+            self.history.block(Kind.SNAPSHOT_ACCEPTED, snapshot.block, snapshot.step, snapshot.sides)
         return True
+
+    def refused(self, index: int, step: int, reason: pb.NackReason) -> None:
+        """Record that a snapshot was refused on arrival."""
+        if self.history is not None:
+            self.history.failed(Kind.SNAPSHOT_REFUSED, index, step, reason)
 
     def begin(self, index: int) -> PackedBlock | None:
         """The block's next snapshot, now being computed; ``None`` if none waits or one is under way."""
@@ -211,6 +227,8 @@ class Session:
         block.computing = None
         block.losses = 0
         self.job.counters.nacks += 1
+        if self.history is not None:
+            self.history.failed(Kind.ROOT_FAILED, index, step, reason)
         if self.stream is not None:
             self.stream.nack(pb.Nack(block=index, step=step, reason=reason, detail=detail))
 
@@ -226,6 +244,8 @@ class Session:
         block.version = preconditioner.step
         block.unsent.append(preconditioner)
         self.job.counters.preconditioners_published += 1
+        if self.history is not None:
+            self.history.block(Kind.PUBLISHED, block.index, preconditioner.step, preconditioner.sides)
         while len(block.unsent) > self.depth:
             block.unsent.popleft()
         while block.unreceipted and len(block.unsent) + len(block.unreceipted) > self.depth:
@@ -246,6 +266,8 @@ class Session:
         block = self.blocks[index]
         preconditioner = block.unsent.popleft()
         block.unreceipted[preconditioner.step] = preconditioner
+        if self.history is not None:
+            self.history.block(Kind.PUSHED, index, preconditioner.step)
         del self.dirty[index]
         if block.unsent:
             self.dirty[index] = None  # behind the others, so that no block keeps them waiting
@@ -254,10 +276,13 @@ class Session:
     def receipt(self, index: int, step: int) -> None:
         """The trainer has it; unknown ones are ignored (they were replaced meanwhile)."""
         if index < len(self.blocks):
+            if self.history is not None:
+                self.history.block(Kind.RECEIPTED, index, step)
             self.blocks[index].unreceipted.pop(step, None)
 
     def detach(self) -> None:
         """The stream is gone: what has no receipt is unsent again, in the order of its steps."""
+        self.say(Kind.STREAM_DETACHED)
         self.stream = None
         for block in self.blocks:
             if block.unreceipted:
@@ -266,6 +291,11 @@ class Session:
                 while len(block.unsent) > self.depth:
                     block.unsent.popleft()
                 self.dirty[block.index] = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """The most packed bytes that may be held for this session."""
+        return self.footprint.packed
 
     @property
     def pending(self) -> int:
