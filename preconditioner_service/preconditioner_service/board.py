@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.sessions import Job, Session, Stream, budget_bytes
+from preconditioner_service.shares import Share
 
 _FENCES = 4096
 """Jobs without a session whose last epoch is remembered, so that a zombie cannot take an old one up again."""
@@ -109,13 +110,14 @@ class Board:
         for old in fenced:
             self.close(old, f"epoch {request.epoch} took over")
         if job is None:
-            job = Job(request.job, request.epoch)
+            job = Job(request.job, request.epoch, Share(request.job))
         job.epoch = request.epoch
         self._fences.pop(request.job, None)
         self._jobs[request.job] = job
         session = Session(job, request, needed)
         session.expires_at = self._clock() + self._session_ttl
         job.sessions[session.rank] = session
+        job.share.blocks += len(session.blocks)
         self._sessions[session.id] = session
         return session, fenced
 
@@ -164,6 +166,7 @@ class Board:
         if session.stream is not None:
             session.stream.end(why)
             session.stream = None
+        session.job.share.blocks -= len(session.blocks)
         session.blocks = []
         session.dirty.clear()
         del self._sessions[session.id]

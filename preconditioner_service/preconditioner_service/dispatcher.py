@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -55,30 +57,44 @@ class Dispatcher:
         self._scheduler: Scheduler[Session] = Scheduler(self._costs.estimate, limits)
         self._pool: Pool | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     def use(self, pool: Pool) -> None:
         """Set the pool, before any snapshot comes."""
         self._pool = pool
 
     def open(self, session: Session) -> None:
-        """A session may hand in snapshots from now on; or its job's weight is another one now."""
+        """A session may hand in snapshots from now on; or it has another bound now."""
         self._sessions.add(session)
-        self._scheduler.open(session, session.job.name, session.max_staleness, session.job.weight)
+        self._scheduler.open(session, session.job.share, session.max_staleness)
 
     def close(self, session: Session) -> None:
         """Drop what waits of a session."""
         self._sessions.discard(session)
-        self._scheduler.close(session, session.job.name)
+        self._scheduler.close(session, session.job.share)
 
     def kick(self) -> None:
         """Hand out work to free workers; call whenever one became free or work came in."""
         if self._pool is None:
             return
         while (worker := _least_busy(self._pool.workers)) is not None:
-            batch = self._scheduler.next_batch()
+            batch = self._scheduler.next_batch(time.monotonic())
             if batch is None:
+                self._await_quotas()
                 return
             self._start(worker, batch)
+
+    def _await_quotas(self) -> None:
+        """Come back when a job that its quotas hold back may go on."""
+        held = self._scheduler.held
+        for share, hold in held.items():
+            limited(logging.INFO, "held back by quota", share.name, job=share.name, why=hold.why)
+        until = min((hold.until for hold in held.values()), default=math.inf)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if until < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.kick)
 
     def enqueue(self, session: Session, index: int) -> None:
         """A block of the session may have a waiting snapshot; :meth:`kick` once all such are told."""
@@ -100,11 +116,12 @@ class Dispatcher:
             )
 
     def _start(self, worker: Worker, batch: Batch[Session]) -> None:
-        work = [
-            (session, snapshot, seconds)
-            for (session, index), seconds in zip(batch.blocks, batch.estimates, strict=True)
-            if (snapshot := session.begin(index)) is not None
-        ]
+        work = []
+        for (session, index), estimate in zip(batch.blocks, batch.estimates, strict=True):
+            if (snapshot := session.begin(index)) is not None:
+                work.append((session, snapshot, estimate))
+            else:
+                session.job.share.done(estimate, 0.0)
         if not work or self._pool is None:
             return
         tasks = [_task(session, snapshot) for session, snapshot, _ in work]
@@ -119,12 +136,13 @@ class Dispatcher:
         try:
             outcomes = await running
         except BatchLostError as error:
-            for session, snapshot, _ in work:
+            for session, snapshot, estimate in work:
+                session.job.share.done(estimate)
                 self._lost(session, snapshot, error)
         else:
             for (session, snapshot, estimate), outcome in zip(work, outcomes, strict=True):
-                if outcome.sides is not None:  # failures do not say what they took: the estimate stands
-                    self._scheduler.charge(session, sum(outcome.seconds) - estimate)
+                # A job pays for what its matrices took; failures do not say, so there the estimate stands.
+                session.job.share.done(estimate, None if outcome.sides is None else sum(outcome.seconds))
                 self._settle(session, snapshot, outcome)
         for session, snapshot, _ in work:
             self.enqueue(session, snapshot.block)
@@ -193,6 +211,8 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """Give up what is being computed."""
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

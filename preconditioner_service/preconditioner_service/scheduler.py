@@ -1,4 +1,4 @@
-"""Which blocks are computed next: the policy alone, without Ray, gRPC or a clock.
+"""Which blocks are computed next: the policy alone, without Ray, gRPC or a clock of its own.
 
 **Priority.** A waiting block's priority is ``age / sqrt(cost)``. Its age is how many steps its published
 version lies behind the newest step that its session has shown, as a fraction of the job's ``max_staleness``
@@ -13,7 +13,8 @@ the blocks of one job alone; between jobs it is weighted fair queueing by start 
 "Start-time fair queueing", SIGCOMM 1996). A job's virtual time is the work that it was given divided by its
 weight; the next block is of the waiting job whose virtual time is least. While two jobs wait without a break,
 what they were given differs, each divided by its weight, by no more than one block's work. A job that was
-idle starts at the virtual time of the last choice: it has neither credit nor debt.
+idle starts at the virtual time of the last choice, with neither credit nor debt; so does one that its quotas
+held back (:mod:`preconditioner_service.shares`).
 
 **Batches.** Small blocks travel together, since one call to a worker costs as much as a small root.
 """
@@ -23,9 +24,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
+
+from preconditioner_service.shares import Hold, Share
 
 NOMINAL_STALENESS = 200
 """Steps by which ages of jobs without a bound are measured."""
@@ -70,18 +73,13 @@ class Batch(Generic[SourceT]):
 
 
 @dataclass(slots=True, eq=False)
-class _Share:
-    """What one job was given of the workers."""
+class _Job:
+    """A job that has sessions."""
 
-    weight: float = 1.0
-    virtual: float = 0.0
-    """Seconds of work divided by the weight, beside those that others had while it was idle."""
-    waiting: int = 0
     sources: dict[_Source[Any], None] = field(default_factory=dict)
-
-    def charge(self, seconds: float) -> None:
-        """Count work; negative if less was used than was counted before."""
-        self.virtual += seconds / self.weight
+    waiting: int = 0
+    held: bool = True
+    """It was idle, or its quotas held it back, since its last block."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +87,7 @@ class _Source(Generic[SourceT]):
     """A session's part of what the policy knows."""
 
     name: SourceT
-    share: _Share
+    job: _Job
     bound: int
     newest_step: int = 0
     groups: dict[tuple[tuple[int, ...], bool], _Group] = field(default_factory=dict)
@@ -128,47 +126,46 @@ class Scheduler(Generic[SourceT]):
         self._estimate = estimate
         self._limits = limits or BatchLimits()
         self._sources: dict[SourceT, _Source[SourceT]] = {}
-        self._shares: dict[str, _Share] = {}
+        self._jobs: dict[Share, _Job] = {}
         self._arrivals = itertools.count()
         self._virtual = 0.0
+        self._held: dict[Share, Hold] = {}
 
     def __len__(self) -> int:
         """Waiting blocks."""
-        return sum(share.waiting for share in self._shares.values())
+        return sum(job.waiting for job in self._jobs.values())
 
-    def open(self, source: SourceT, job: str, max_staleness: int, weight: float = 1.0) -> None:
-        """Learn of a session, or of its new bound, or of its job's new weight.
+    @property
+    def held(self) -> Mapping[Share, Hold]:
+        """The jobs whose quotas kept waiting blocks of theirs out of the last :meth:`next_batch`."""
+        return self._held
+
+    def open(self, source: SourceT, share: Share, max_staleness: int) -> None:
+        """Learn of a session, or of its new bound.
 
         Args:
             source: the session.
-            job: all sessions of a job share what it is given.
+            share: its job's.
             max_staleness: in steps; 0 means that none was declared.
-            weight: of the job, > 0.
         """
         bound = max_staleness or NOMINAL_STALENESS
-        share = self._shares.setdefault(job, _Share())
-        share.weight = weight
         if (known := self._sources.get(source)) is not None:
             known.bound = bound
             return
-        known = self._sources[source] = _Source(source, share, bound)
-        share.sources[known] = None
+        job = self._jobs.setdefault(share, _Job())
+        known = self._sources[source] = _Source(source, job, bound)
+        job.sources[known] = None
 
-    def close(self, source: SourceT, job: str) -> None:
+    def close(self, source: SourceT, share: Share) -> None:
         """Forget a session and its waiting blocks."""
         known = self._sources.pop(source, None)
         if known is None:
             return
-        share = known.share
-        share.waiting -= len(known.waiting)
-        del share.sources[known]
-        if not share.sources:
-            del self._shares[job]
-
-    def charge(self, source: SourceT, seconds: float) -> None:
-        """Count work beyond the estimate, or below it if negative, once it is known."""
-        if (known := self._sources.get(source)) is not None:
-            known.share.charge(seconds)
+        job = known.job
+        job.waiting -= len(known.waiting)
+        del job.sources[known]
+        if not job.sources:
+            del self._jobs[share]
 
     def push(
         self,
@@ -196,22 +193,26 @@ class Scheduler(Generic[SourceT]):
         known.newest_step = max(known.newest_step, newest_step)
         if block in known.waiting:
             return
-        share = known.share
-        if share.waiting == 0:
-            share.virtual = max(share.virtual, self._virtual)
-        share.waiting += 1
+        job = known.job
+        job.held |= job.waiting == 0  # it was idle
+        job.waiting += 1
         known.waiting.add(block)
         group = known.groups.get((lengths, alone))
         if group is None:
             group = known.groups[lengths, alone] = _Group(next(self._arrivals), lengths, nbytes, alone)
         heapq.heappush(group.heap, (-1 if version is None else version, next(self._arrivals), block))
 
-    def next_batch(self) -> Batch[SourceT] | None:
-        """Take the blocks of the least served jobs, of each the most urgent; ``None`` if none waits."""
+    def next_batch(self, now: float = 0.0) -> Batch[SourceT] | None:
+        """Take the blocks of the least served jobs, of each the most urgent; ``None`` if none may be taken.
+
+        Args:
+            now: monotonic seconds, for the jobs' quotas.
+        """
+        self._held = {}
         queue = [
             (share.virtual, heads[0][0], number, share, heads)
-            for number, share in enumerate(self._shares.values())
-            if share.waiting and (heads := self._heads(share))
+            for number, (share, job) in enumerate(self._jobs.items())
+            if job.waiting and self._may_take(share, job, heads := self._heads(job), now)
         ]
         heapq.heapify(queue)
         taken: list[tuple[SourceT, int]] = []
@@ -226,14 +227,15 @@ class Scheduler(Generic[SourceT]):
             if taken and (full or group.alone or len(taken) >= limits.blocks):
                 break
             self._virtual = max(self._virtual, virtual)
-            taken.append((known.name, self._take(known, group, cost)))
+            share.take(cost)
+            taken.append((known.name, self._take(known, group)))
             estimates.append(cost)
             nbytes += group.nbytes
             if group.heap:
                 heapq.heapreplace(heads, (self._urgency(known, group), group.number, known, group))
             else:
                 heapq.heappop(heads)
-            if heads:
+            if heads and self._may_take(share, known.job, heads, now):
                 heapq.heapreplace(queue, (share.virtual, heads[0][0], number, share, heads))
             else:
                 heapq.heappop(queue)
@@ -241,11 +243,22 @@ class Scheduler(Generic[SourceT]):
                 break
         return Batch(tuple(taken), tuple(estimates)) if taken else None
 
-    def _heads(self, share: _Share) -> list[_Head[SourceT]]:
+    def _may_take(self, share: Share, job: _Job, heads: list[_Head[SourceT]], now: float) -> bool:
+        hold = share.hold(now, self._estimate(heads[0][3].lengths))
+        if hold is not None:
+            self._held[share] = hold
+            job.held = True
+            return False
+        if job.held:
+            share.virtual = max(share.virtual, self._virtual)
+            job.held = False
+        return True
+
+    def _heads(self, job: _Job) -> list[_Head[SourceT]]:
         """The groups of a job that have waiting blocks, as a heap."""
         heads = [
             (self._urgency(known, group), group.number, known, group)
-            for known in share.sources
+            for known in job.sources
             if known.waiting
             for group in known.groups.values()
             if group.heap
@@ -253,11 +266,10 @@ class Scheduler(Generic[SourceT]):
         heapq.heapify(heads)
         return heads
 
-    def _take(self, known: _Source[SourceT], group: _Group, cost: float) -> int:
+    def _take(self, known: _Source[SourceT], group: _Group) -> int:
         _, _, block = heapq.heappop(group.heap)
         known.waiting.discard(block)
-        known.share.waiting -= 1
-        known.share.charge(cost)
+        known.job.waiting -= 1
         return block
 
     def _urgency(self, known: _Source[SourceT], group: _Group) -> tuple[bool, float]:

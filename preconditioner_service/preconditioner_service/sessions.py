@@ -16,6 +16,7 @@ from preconditioner_protos import Layout, PackedBlock
 from preconditioner_protos.history import Kind
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.history import SessionHistory
+from preconditioner_service.shares import Share
 
 MAX_DEPTH = 64
 """Largest ``snapshots_in_flight`` that is granted."""
@@ -79,11 +80,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Job:
-    """A training job: the fence of its epoch, its weight, its sessions by rank, its counters."""
+    """A training job: the fence of its epoch, its share of the workers, its sessions by rank, counters."""
 
     name: str
     epoch: int
-    weight: float = 1.0
+    share: Share
     sessions: dict[int, Session] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 

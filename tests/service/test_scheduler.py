@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preconditioner_service.scheduler import BatchLimits, Scheduler
+from preconditioner_service.shares import Share
 
 ALONE = BatchLimits(blocks=1)
 
@@ -17,10 +18,13 @@ def cubic(lengths) -> float:
     return sum(1e-9 * n**3 for n in lengths)
 
 
-def make(limits: BatchLimits = ALONE, **bounds: int) -> Scheduler[str]:
+def make(
+    limits: BatchLimits = ALONE, shares: dict[str, Share] | None = None, **bounds: int
+) -> Scheduler[str]:
+    """One session of each job, of the same name."""
     scheduler: Scheduler[str] = Scheduler(cubic, limits)
     for session, bound in (bounds or {"s": 100}).items():
-        scheduler.open(session, session, bound)
+        scheduler.open(session, (shares or {}).get(session, Share(session)), bound)
     return scheduler
 
 
@@ -170,7 +174,8 @@ def test_a_job_that_worked_alone_owes_nothing_to_one_that_comes_later():
 
 
 def test_work_beyond_the_estimate_is_paid_for():
-    scheduler = make(honest=100, slow=100)
+    slow = Share("slow")
+    scheduler = make(shares={"slow": slow}, honest=100, slow=100)
     for session in ("honest", "slow"):
         for block in range(1000):
             push(scheduler, block, 200, version=None, session=session)
@@ -179,16 +184,15 @@ def test_work_beyond_the_estimate_is_paid_for():
         ((session, _),) = scheduler.next_batch().blocks
         served[session] += 1
         if session == "slow":
-            scheduler.charge("slow", 2 * cubic((200,)))
+            slow.done(cubic((200,)), 3 * cubic((200,)))
     assert served == {"honest": 225, "slow": 75}
-    scheduler.close("slow", "slow")
-    scheduler.charge("slow", 1.0)
 
 
 def test_all_sessions_of_a_job_share_what_it_is_given():
     scheduler: Scheduler[str] = Scheduler(cubic, ALONE)
-    for session, job in (("a0", "a"), ("a1", "a"), ("a2", "a"), ("b0", "b")):
-        scheduler.open(session, job, 100)
+    a, b = Share("a"), Share("b")
+    for session, share in (("a0", a), ("a1", a), ("a2", a), ("b0", b)):
+        scheduler.open(session, share, 100)
         for block in range(200):
             push(scheduler, block, 64, version=None, session=session)
     first = [session for session, _ in order(scheduler)][:100]
@@ -196,14 +200,45 @@ def test_all_sessions_of_a_job_share_what_it_is_given():
 
 
 def test_a_new_weight_holds_from_then_on():
-    scheduler = make(a=100, b=100)
+    a = Share("a")
+    scheduler = make(shares={"a": a}, a=100, b=100)
     for session in "ab":
         for block in range(1000):
             push(scheduler, block, 64, version=None, session=session)
     before = [scheduler.next_batch().blocks[0][0] for _ in range(100)]
-    scheduler.open("a", "a", 100, weight=4.0)
+    a.weight = 4.0
     after = [scheduler.next_batch().blocks[0][0] for _ in range(100)]
     assert (before.count("a"), after.count("a")) == (50, 80)
+
+
+def test_a_job_held_back_by_its_rate_has_no_claim_for_that_time():
+    slow = Share("slow", max_refresh_rate=1.0)
+    scheduler = make(shares={"slow": slow}, slow=100, other=100)
+    for session in ("slow", "other"):
+        for block in range(1000):
+            push(scheduler, block, 200, version=None, session=session)
+    served = [scheduler.next_batch(0.0).blocks[0][0] for _ in range(300)]
+    assert served.count("slow") == 1
+    assert list(scheduler.held) == [slow]
+    slow.max_refresh_rate = math.inf
+    served = [scheduler.next_batch(1.0).blocks[0][0] for _ in range(100)]
+    assert served.count("slow") == pytest.approx(50, abs=1)
+    assert not scheduler.held
+
+
+def test_a_job_has_no_more_in_flight_than_its_quota():
+    cost = cubic((100,))
+    shares = {"a": Share("a", max_in_flight_seconds=3.5 * cost)}
+    scheduler = make(BatchLimits(seconds=1e9), shares, a=100)
+    for block in range(10):
+        push(scheduler, block, 100, version=None, session="a")
+    assert len(scheduler.next_batch().blocks) == 3
+    assert scheduler.next_batch() is None
+    (hold,) = scheduler.held.values()
+    assert "max_in_flight_seconds" in hold.why
+    shares["a"].done(cost)
+    assert len(scheduler.next_batch().blocks) == 1
+    assert len(scheduler) == 6
 
 
 JOBS = st.dictionaries(
@@ -224,7 +259,7 @@ def test_what_waiting_jobs_are_given_is_as_their_weights_within_one_block(jobs, 
         push(scheduler, block, sides[block % len(sides)], None if fresh else 0, newest=block, session=job)
 
     for job, (weight, _) in jobs.items():
-        scheduler.open(job, job, 0, weight)
+        scheduler.open(job, Share(job, weight), 0)
         for block in range(batch):
             feed(job, block)
     given_work = dict.fromkeys(jobs, 0.0)
@@ -244,7 +279,7 @@ def test_no_job_starves_whatever_the_others_send(jobs, victim):
     jobs.setdefault(victim, (0.1, [8]))
     scheduler: Scheduler[str] = Scheduler(cubic, ALONE)
     for job, (weight, sides) in jobs.items():
-        scheduler.open(job, job, 1, weight)
+        scheduler.open(job, Share(job, weight), 1)
         push(scheduler, 0, max(sides), None, newest=2**63, session=job)
     own_weight, own_sides = jobs[victim]
     own = cubic((max(own_sides),)) / own_weight
@@ -268,19 +303,21 @@ def test_no_job_starves_whatever_the_others_send(jobs, victim):
 
 def test_claimed_steps_do_not_shut_out_a_sibling_session():
     scheduler: Scheduler[str] = Scheduler(cubic, ALONE)
-    scheduler.open("a", "job", 100)
-    scheduler.open("b", "job", 100)
+    share = Share("job")
+    scheduler.open("a", share, 100)
+    scheduler.open("b", share, 100)
     push(scheduler, 0, 64, version=0, newest=2**63, session="a")
     push(scheduler, 0, 32, version=0, newest=2**63, session="b")
     assert order(scheduler) == [("b", 0), ("a", 0)]
 
 
 def test_closing_forgets_what_waits():
-    scheduler = make(a=1, b=1)
+    share = Share("a")
+    scheduler = make(shares={"a": share}, a=1, b=1)
     push(scheduler, 0, 8, version=None, session="a")
     push(scheduler, 0, 8, version=None, session="b")
-    scheduler.close("a", "a")
-    scheduler.close("a", "a")
+    scheduler.close("a", share)
+    scheduler.close("a", share)
     assert len(scheduler) == 1
     assert order(scheduler) == [("b", 0)]
 
