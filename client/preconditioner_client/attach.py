@@ -30,12 +30,12 @@ from preconditioner_client.distribution import AUTO, DistributedConfig, like, lo
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import (
-    check_finite,
     check_parameter,
     only_initialises,
     working_gradients,
 )
 from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
+from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
 
@@ -249,7 +249,7 @@ class Attachment:
                 "scaler.step(optimizer), or make the optimizer without fused=True"
             )
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if found_inf is not None and not is_deferred(found_inf.device) and bool(found_inf):
             return
         plans = self._plan()
         gradients = [
@@ -260,22 +260,24 @@ class Attachment:
             return
         if only_initialises(optimizer, gradients):
             return
-        check_finite(gradients, [plan.names for plan in plans], self._engine.ranks.maximum_over_shards)
-        usable = self._engine.advance(gradients)
+        guard = self._engine.examine(gradients, found_inf)
+        usable = self._engine.advance(gradients, guard)
         updates = [
-            self._diagonal(group, of_group)
+            self._diagonal(group, of_group, guard)
             for group, of_group in zip(optimizer.param_groups, gradients, strict=True)
         ]
         for plan, of_group, directions_of in zip(plans, gradients, updates, strict=True):
             self._engine.precondition(plan, of_group, directions_of, self._grafting, usable)
         self._engine.share(updates)
+        if guard is not None:
+            guard.clear_([update for of_group in updates for update in of_group if update is not None])
         for group, directions_of in zip(optimizer.param_groups, updates, strict=True):
             for parameter, update in zip(group["params"], directions_of, strict=True):
                 if update is not None and update is not (held := local(parameter.grad)):
                     held.copy_(update)
 
     def _diagonal(
-        self, group: dict[str, Any], gradients: list[torch.Tensor | None]
+        self, group: dict[str, Any], gradients: list[torch.Tensor | None], guard: Guard | None
     ) -> list[torch.Tensor | None]:
         """The direction that blocks without a version pass on, and whose length the others take."""
         present = [i for i, g in enumerate(gradients) if g is not None]
@@ -295,7 +297,7 @@ class Attachment:
             states.append(state)
         moments = [local(s["second_moment"]) for s in states] if needs_second_moment(self._grafting) else []
         if moments:
-            update_second_moments(self._grafting, moments, grads)
+            update_second_moments(self._grafting, moments, grads, guard)
         weights = [local(p).detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
         steps = [s["step"] for s in states]
         norms = self._engine.ranks.norms

@@ -27,12 +27,20 @@ class DistributedConfig:
         communication_dtype: in which replicas send each other their finished updates. ``torch.float32``
             (default) is exact but for float64 parameters. ``torch.bfloat16`` halves the bytes and rounds
             every block's direction, on its owner too, so that replicas stay bit-identical.
+        overlap: send finished updates in buckets, each while the blocks of the next are preconditioned,
+            instead of all at once at the end. All are there before a weight changes.
+        bucket_bytes: with ``overlap``, about what each replica contributes to a bucket, >= 1; a bucket is at
+            least one block, and none reaches over a parameter group.
     """
 
     process_group: dist.ProcessGroup | None = None
     communication_dtype: torch.dtype = torch.float32
+    overlap: bool = False
+    bucket_bytes: int = 8 * 1024 * 1024
 
     def __post_init__(self) -> None:
+        if self.bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes must be >= 1, not {self.bucket_bytes}")
         if self.communication_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"communication_dtype must be torch.float32 or torch.bfloat16, not {self.communication_dtype}"
@@ -68,6 +76,7 @@ class Ranks:
         mesh: of the ``DTensor`` parameters.
         placements: of the ``DTensor`` parameters.
         communication_dtype: see :class:`DistributedConfig`.
+        bucket_bytes: see :class:`DistributedConfig`; None without overlap.
     """
 
     shard: int = 0
@@ -80,6 +89,7 @@ class Ranks:
     mesh: Any = None
     placements: tuple[Any, ...] = ()
     communication_dtype: torch.dtype = torch.float32
+    bucket_bytes: int | None = None
 
     @property
     def rank(self) -> int:
@@ -154,6 +164,7 @@ class Ranks:
             replica_group=group,
             grid=tuple((member,) for member in members),
             communication_dtype=config.communication_dtype,
+            bucket_bytes=config.bucket_bytes if config.overlap else None,
         )
 
 
@@ -206,6 +217,7 @@ def _of_mesh(config: DistributedConfig, parameters: Sequence[torch.Tensor], name
         mesh=mesh,
         placements=tuple(placements),
         communication_dtype=config.communication_dtype,
+        bucket_bytes=config.bucket_bytes if config.overlap else None,
     )
 
 

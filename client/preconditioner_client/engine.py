@@ -143,12 +143,15 @@ class Engine:
         self.refresher = Refresher(self.refresher.config, [], self._snapshots, self._adopt)
         self.refresher.history = self._history
 
-    def examine(self, gradients: Sequence[MaybeTensors]) -> Guard | None:
+    def examine(
+        self, gradients: Sequence[MaybeTensors], found_inf: torch.Tensor | None = None
+    ) -> Guard | None:
         """Find NaN and infinity before they reach anything.
 
         Args:
             gradients: for each group what this rank holds of its parameters' gradients. On an accelerator all
                 become zero if one of them is not finite.
+            found_inf: not 0 if ``GradScaler`` wants the step to be without effect; for accelerators only.
 
         Returns:
             The verdict, where the host does not wait for it. None: all are finite.
@@ -165,7 +168,8 @@ class Engine:
             return None
         verdict = not_finite([gradient for _, gradient in present])
         self.ranks.maximum_over_shards(verdict)
-        guard = Guard(verdict.any())
+        bad = verdict.any()
+        guard = Guard(bad if found_inf is None else bad | found_inf.any())
         guard.clear_([gradient for _, gradient in present])
         self._skipped.note(self.step + 1, [name for name, _ in present], verdict)
         return guard
@@ -277,16 +281,16 @@ class Engine:
         """
         if (shared := self._sharing()) is not None:
             shared.complete(updates)
+        if self._history is not None:
+            waited = self.refresher.wait_seconds - self._waited_before
+            seconds = time.perf_counter() - self._step_began
+            self._history.step_ended(self.step, seconds, waited, self._usable)
 
     def _sharing(self) -> SharedUpdates | None:
         """What brings the blocks of other replicas; None where there is one."""
         if self._shared is None and self.ranks.replicas > 1:
             self._shared = SharedUpdates(self.plans, self.ranks, local(self.parameters[0]).device)
         return self._shared
-        if self._history is not None:
-            waited = self.refresher.wait_seconds - self._waited_before
-            seconds = time.perf_counter() - self._step_began
-            self._history.step_ended(self.step, seconds, waited, self._usable)
 
     def metrics(self) -> dict[str, Any]:
         """Counters of freshness and exchange, see ``Shampoo.metrics``."""

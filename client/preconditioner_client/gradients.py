@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from preconditioner_client.distribution import local
 from preconditioner_client.grafting import owns_weight_decay
+from preconditioner_client.transfer import upload
 
 
 def check_parameter(parameter: torch.Tensor, name: str) -> None:
@@ -88,17 +89,12 @@ def check_finite(
     Raises:
         ValueError: naming the first parameter concerned.
     """
-    present = [
-        (name, gradient)
-        for of_group, group_names in zip(gradients, names, strict=True)
-        for gradient, name in zip(of_group, group_names, strict=True)
-        if gradient is not None
-    ]
+    present = named(gradients, names)
     by_device: dict[torch.device, list[int]] = {}
     for position, (_, gradient) in enumerate(present):
         by_device.setdefault(gradient.device, []).append(position)
     verdicts = [
-        (positions, _not_finite([present[position][1] for position in positions]))
+        (positions, not_finite([present[position][1] for position in positions]))
         for positions in by_device.values()
     ]
     if maximum is not None:
@@ -120,7 +116,19 @@ def check_finite(
     )
 
 
-def _not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
+def named(
+    gradients: Sequence[Sequence[torch.Tensor | None]], names: Sequence[Sequence[str]]
+) -> list[tuple[str, torch.Tensor]]:
+    """The gradients of all groups that are there, with the names of their parameters."""
+    return [
+        (name, gradient)
+        for of_group, group_names in zip(gradients, names, strict=True)
+        for gradient, name in zip(of_group, group_names, strict=True)
+        if gradient is not None
+    ]
+
+
+def not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
     """For each gradient of a device 1 if it holds NaN or infinity, else 0."""
     # The maximum norm, since a sum of squares may overflow for finite gradients. It has none of nothing.
     filled = [index for index, gradient in enumerate(gradients) if gradient.numel()]
@@ -130,5 +138,5 @@ def _not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
         found = ~torch.stack([norm.to(torch.float32) for norm in norms]).isfinite()
         if len(filled) == len(gradients):
             return found.to(torch.int32)
-        bad[torch.tensor(filled, device=bad.device)] = found.to(torch.int32)
+        bad.index_copy_(0, upload(filled, torch.int64, bad.device), found.to(torch.int32))
     return bad

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from preconditioner_client.config import Grafting, GraftingConfig
+from preconditioner_client.guard import Guard
 
 Norms = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 """From tensors to the Euclidean norms, 0-D, of the parameters that they belong to."""
@@ -51,13 +52,22 @@ def owns_weight_decay(config: GraftingConfig) -> bool:
 
 
 def update_second_moments(
-    config: GraftingConfig, moments: list[torch.Tensor], gradients: list[torch.Tensor]
+    config: GraftingConfig,
+    moments: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    guard: Guard | None = None,
 ) -> None:
-    """Advance v in place; ``moments`` and ``gradients`` correspond."""
+    """Advance v in place; ``moments`` and ``gradients`` correspond.
+
+    With a ``guard``, the verdict on gradients that the host does not know, bad ones are zero already.
+    """
     if config.method is Grafting.ADAGRAD:
         torch._foreach_addcmul_(moments, gradients, gradients)
     else:
-        torch._foreach_mul_(moments, config.beta2)
+        if guard is None:
+            torch._foreach_mul_(moments, config.beta2)
+        else:
+            guard.decay_(moments, config.beta2)
         torch._foreach_addcmul_(moments, gradients, gradients, 1 - config.beta2)
 
 

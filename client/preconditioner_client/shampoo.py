@@ -30,7 +30,7 @@ from preconditioner_client.config import (
 from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import check_finite, only_initialises, working_gradients
+from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
@@ -166,15 +166,15 @@ class Shampoo(Optimizer):
                 states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
             checkpoint.write(self, engine)
             return loss
-        check_finite(gradients, [plan.names for plan in engine.plans], engine.ranks.maximum_over_shards)
-        usable = engine.advance(gradients)
+        guard = engine.examine(gradients)
+        usable = engine.advance(gradients, guard)
         updates = [
-            directions_of(engine, self.state, group, plan, of_group, usable)
+            directions_of(engine, self.state, group, plan, of_group, usable, guard)
             for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
         ]
         engine.share(updates)
         for group, of_group in zip(self.param_groups, updates, strict=True):
-            apply_updates(self.state, group, of_group)
+            apply_updates(self.state, group, of_group, guard)
         return loss
 
     def metrics(self) -> dict[str, Any]:

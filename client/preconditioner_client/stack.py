@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from preconditioner_client.blocks import BlockSlice
 from preconditioner_client.config import Accumulation, StatisticsConfig
-from preconditioner_client.transfer import to_host
+from preconditioner_client.guard import Guard
+from preconditioner_client.transfer import to_host, upload
 from preconditioner_protos import upper_indices
 
 
@@ -77,7 +79,6 @@ class BlockStack:
         self.preconditioners = [torch.zeros(count, n, n, device=device) for n in self.sides]
         # Accumulations so far, per block: blocks of one stack may miss gradients in different steps.
         self.updates = [0] * count
-        self._upper: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -113,7 +114,7 @@ class BlockStack:
             views.append(member.view(tensor))
         torch._foreach_copy_(views, list(blocks.unbind(0)))
 
-    def accumulate(self, gradients: torch.Tensor, rows: Sequence[int]) -> None:
+    def accumulate(self, gradients: torch.Tensor, rows: Sequence[int], guard: Guard | None = None) -> None:
         """``S_i <- S_i + G_(i) G_(i)ᵀ`` or its EMA, for each preconditioned side i.
 
         arXiv 1802.09568, algorithm 2.
@@ -121,19 +122,19 @@ class BlockStack:
         Args:
             gradients: shape ``(len(rows), *shape)``.
             rows: the blocks that they belong to, increasing.
+            guard: the verdict on the gradients, where the host does not know it; they are zero then.
         """
-        whole = len(rows) == len(self.members)
         ema = self.config.accumulation is Accumulation.EMA
         beta, alpha = (self.config.beta, 1 - self.config.beta) if ema else (1.0, 1.0)
-        index = None if whole else torch.tensor(rows, device=self.device)
+        index = self._index(rows)
         with _without_autocast(self.device):
             for statistics, dim in zip(self.statistics, self.preconditioned, strict=True):
                 unfolded = _unfold(gradients, dim)  # (b, n, r)
-                if index is None:
-                    statistics.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
-                else:
-                    part = statistics.index_select(0, index)
-                    part.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=alpha)
+                part = _chosen(statistics, index)
+                if guard is not None and ema:
+                    guard.decay_([part], beta)
+                part.baddbmm_(unfolded, unfolded.mT, beta=beta if guard is None else 1.0, alpha=alpha)
+                if isinstance(index, torch.Tensor):
                     statistics.index_copy_(0, index, part)
         for row in rows:
             self.updates[row] += 1
@@ -148,11 +149,11 @@ class BlockStack:
         Returns:
             New tensor of the same shape.
         """
-        index = None if len(rows) == len(self.members) else torch.tensor(rows, device=self.device)
+        index = self._index(rows)
         result = blocks
         with _without_autocast(self.device):
             for preconditioners, dim in zip(self.preconditioners, self.preconditioned, strict=True):
-                factor = preconditioners if index is None else preconditioners.index_select(0, index)
+                factor = _chosen(preconditioners, index)
                 if dim == 0:
                     # (b, n, n) @ (b, n, r), without moving the dimension.
                     result = torch.bmm(factor, result.flatten(2)).view(result.shape)
@@ -167,16 +168,15 @@ class BlockStack:
 
         They are gathered on this stack's device, which halves the bytes, and the host waits for nothing.
         """
-        index = torch.tensor(rows, device=self.device)
+        index = upload(rows, torch.int64, self.device).unsqueeze(1)
         correct = self.config.accumulation is Accumulation.EMA and self.config.bias_correction
         packed_sides = []
         for statistics, n in zip(self.statistics, self.sides, strict=True):
             # One gather straight from the stack: (b, n (n + 1) / 2)
-            flat = index.unsqueeze(1) * (n * n) + self._upper_of(n)
-            packed = statistics.view(-1).take(flat)
+            packed = statistics.view(len(self), -1)[index, _upper_of(n, self.device)]
             if correct:
                 factors = [1.0 / (1 - self.config.beta ** max(1, self.updates[row])) for row in rows]
-                packed.mul_(torch.tensor(factors, device=self.device).unsqueeze(1))
+                packed.mul_(upload(factors, torch.float32, self.device).unsqueeze(1))
             packed_sides.append(to_host(packed))
         # Copies of one stream are done in order: the last event stands for all.
         ready = packed_sides[-1][1]
@@ -194,11 +194,23 @@ class BlockStack:
             rows_of = [preconditioners[row] for row in rows]
             torch._foreach_copy_(rows_of, [new[number] for new in sides])
 
-    def _upper_of(self, n: int) -> torch.Tensor:
-        if n not in self._upper:
-            # A copy, since the cached NumPy array is read-only, which torch does not know.
-            self._upper[n] = torch.tensor(upper_indices(n), device=self.device)
-        return self._upper[n]
+    def _index(self, rows: Sequence[int]) -> slice | torch.Tensor:
+        """The rows as a slice, which takes a view, where they follow each other."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return upload(rows, torch.int64, self.device)
+
+
+def _chosen(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Rows of a tensor: a view for a slice, else a copy."""
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+
+
+@cache
+def _upper_of(n: int, device: torch.device) -> torch.Tensor:
+    """Flat indices of an upper triangle, row by row: (n (n + 1) / 2,) int64."""
+    # A copy, since the cached NumPy array is read-only, which torch does not know.
+    return torch.tensor(upper_indices(n), device=device)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -22,6 +22,12 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 1-D tensor of numbers on a device. ``torch.tensor(.., device=..)`` would wait for the device."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     """Begin to copy a tensor to the host.
 

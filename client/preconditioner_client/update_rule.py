@@ -19,6 +19,7 @@ from preconditioner_client.grafting import (
     owns_weight_decay,
     update_second_moments,
 )
+from preconditioner_client.guard import Guard
 from preconditioner_client.plan import GroupPlan
 from preconditioner_client.refresh import Mask
 
@@ -34,6 +35,7 @@ def directions_of(
     plan: GroupPlan,
     gradients: MaybeTensors,
     usable: Mask,
+    guard: Guard | None = None,
 ) -> MaybeTensors:
     """Steps 3 and 4: directions of all parameters with a gradient, the blocks of this rank preconditioned.
 
@@ -44,6 +46,7 @@ def directions_of(
         plan: of the group.
         gradients: of the group, what this rank holds of them.
         usable: as :meth:`Engine.advance` returned it.
+        guard: as :meth:`Engine.examine` returned it.
 
     Returns:
         New contiguous tensors; None for a parameter without a gradient.
@@ -61,12 +64,21 @@ def directions_of(
     filtered = grads
     if group["beta1"] > 0:
         averages = [local(state["exp_avg"]) for state in own]
-        torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
+        if guard is None:
+            torch._foreach_lerp_(averages, grads, 1 - group["beta1"])
+        else:
+            guard.decay_(averages, group["beta1"])
+            torch._foreach_add_(averages, grads, alpha=1 - group["beta1"])
         filtered = list(torch._foreach_div(averages, [1 - group["beta1"] ** t for t in steps]))
     moments = [local(state["second_moment"]) for state in own] if needs_second_moment(grafting) else []
     if moments:
-        update_second_moments(grafting, moments, grads)
-    weights = [local(group["params"][i]).detach().to(g.dtype) for i, g in zip(present, grads, strict=True)]
+        update_second_moments(grafting, moments, grads, guard)
+    # Only these methods read the weights, and half precision is copied for it.
+    weights = (
+        cast_like([local(group["params"][i]).detach() for i in present], grads)
+        if owns_weight_decay(grafting)
+        else []
+    )
     norms = engine.ranks.norms
     diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
     updates = _spread([d.contiguous() for d in diagonal], present, gradients)
@@ -75,21 +87,56 @@ def directions_of(
     return updates
 
 
-def apply_updates(states: States, group: dict[str, Any], updates: MaybeTensors) -> None:
+def apply_updates(
+    states: States, group: dict[str, Any], updates: MaybeTensors, guard: Guard | None = None
+) -> None:
     """Step 5, for every parameter that has an update: momentum, weight decay, and the step itself.
 
     Args:
         states: of the optimizer; momentum buffers advance.
         group: of parameters.
-        updates: of :func:`directions_of`, complete.
+        updates: of :func:`directions_of`, complete; they may be overwritten.
+        guard: as :meth:`Engine.examine` returned it.
     """
     present = [(p, u) for p, u in zip(group["params"], updates, strict=True) if u is not None]
     if not present:
         return
     found = [u for _, u in present]
+    params = [local(p) for p, _ in present]
+    if guard is not None:
+        guard.clear_(found)
     if group["momentum"] > 0:
-        found = _momentum(group, [p for p, _ in present], states, found)
-    _apply(group, [local(p) for p, _ in present], found)
+        found = _momentum(group, [p for p, _ in present], states, found, guard)
+    lr = group["lr"]
+    decay = group["weight_decay"]
+    if decay != 0 and group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
+        if guard is None:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        else:
+            # Within the update, which can be cleared: the same but for rounding.
+            found = list(torch._foreach_add(found, cast_like(params, found), alpha=decay))
+            guard.clear_(found)
+    found = cast_like(found, params)
+    if isinstance(lr, torch.Tensor):
+        # On the host a number for every device, on an accelerator only its own.
+        torch._foreach_sub_(params, [u * _rate(lr, u) for u in found])
+    else:
+        torch._foreach_add_(params, found, alpha=-lr)
+
+
+def _rate(lr: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    return lr.to(update.dtype) if lr.device.type == "cpu" else lr.to(update.device, update.dtype)
+
+
+def cast_like(tensors: Tensors, like: Tensors) -> Tensors:
+    """The tensors in the dtypes of others; those that have it already are the same objects."""
+    found = list(tensors)
+    differing = [i for i, (a, b) in enumerate(zip(tensors, like, strict=True)) if a.dtype != b.dtype]
+    for i in differing:
+        found[i] = torch.empty_like(tensors[i], dtype=like[i].dtype)
+    if differing:
+        torch._foreach_copy_([found[i] for i in differing], [tensors[i] for i in differing])
+    return found
 
 
 def states_of(
@@ -131,10 +178,13 @@ def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> Mayb
     return spread
 
 
-def _momentum(group: dict[str, Any], params: Tensors, states: States, updates: Tensors) -> Tensors:
+def _momentum(
+    group: dict[str, Any], params: Tensors, states: States, updates: Tensors, guard: Guard | None
+) -> Tensors:
     """Heavy ball as in ``torch.optim.SGD``: the first update starts the buffer undampened."""
     momentum = group["momentum"]
-    result = []
+    begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+    buffers = []
     for parameter, update in zip(params, updates, strict=True):
         state = states[parameter]
         if "momentum_buffer" not in state:
@@ -142,19 +192,21 @@ def _momentum(group: dict[str, Any], params: Tensors, states: States, updates: T
         elif state["step"] == 1:  # it was made for a checkpoint to be loaded into, and nothing was
             local(state["momentum_buffer"]).copy_(update)
         else:
-            local(state["momentum_buffer"]).mul_(momentum).add_(update, alpha=1 - group["dampening"])
-        buffer = local(state["momentum_buffer"])
-        result.append(update.add(buffer, alpha=momentum) if group["nesterov"] else buffer)
-    return result
-
-
-def _apply(group: dict[str, Any], params: Tensors, updates: Tensors) -> None:
-    lr = group["lr"]
-    decays = group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"])
-    if group["weight_decay"] != 0 and decays:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    cast_updates = [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(params, updates, strict=True)]
-    if isinstance(lr, torch.Tensor):
-        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in cast_updates])
+            begun.append((local(state["momentum_buffer"]), update))
+        buffers.append(local(state["momentum_buffer"]))
+    if begun:
+        old = [buffer for buffer, _ in begun]
+        if guard is None:
+            torch._foreach_mul_(old, momentum)
+        else:
+            guard.decay_(old, momentum)
+        torch._foreach_add_(old, [update for _, update in begun], alpha=1 - group["dampening"])
+    if group["nesterov"]:
+        found = list(torch._foreach_add(updates, buffers, alpha=momentum))
+    elif guard is None:
+        return buffers
     else:
-        torch._foreach_add_(params, cast_updates, alpha=-lr)
+        found = list(torch._foreach_mul(buffers, 1.0))  # copies
+    if guard is not None:
+        guard.clear_(found)
+    return found
