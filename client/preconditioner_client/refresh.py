@@ -37,7 +37,7 @@ class Refresher:
     Args:
         staleness: the bound, the intervals and the policy.
         costs: relative size of each block's snapshot, to spread snapshots over the interval.
-        take: makes snapshots of the given blocks at a step.
+        take: makes snapshots at a step, of those of the given blocks that have statistics.
         adopt: takes arrivals into use; called from within :meth:`settle` only.
     """
 

@@ -32,6 +32,18 @@ SHAPES = {
         [[(0, 6)], [(0, 4)], [(0, 3)], [(0, 3)]],
     ),
     "merged kernel": ((6, 4, 3, 3), BlockingConfig(block_size=64), (6, 36), [[(0, 6)], [(0, 36)]]),
+    "order 3": (
+        (5, 4, 3),
+        BlockingConfig(block_size=64, merge_dims=False),
+        (5, 4, 3),
+        [[(0, 5)], [(0, 4)], [(0, 3)]],
+    ),
+    "order 5": (
+        (4, 3, 2, 3, 2),
+        BlockingConfig(block_size=64, merge_dims=False),
+        (4, 3, 2, 3, 2),
+        [[(0, 4)], [(0, 3)], [(0, 2)], [(0, 3)], [(0, 2)]],
+    ),
     "uneven blocks": (
         (13, 10),
         BlockingConfig(block_size=8),

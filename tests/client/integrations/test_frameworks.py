@@ -274,3 +274,33 @@ def test_accelerate_shards_with_fsdp2(attached):
             assert torch.equal(p.full_tensor(), q)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@attached_or_not
+def test_accelerate_scales_the_loss_and_skips_an_infinite_step(attached):
+    """Its wrapper, with a scaler as it makes for float16; on a GPU alone it makes one by itself."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    model, expected = small_model(), small_model()
+    x, y = data()
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(make(model, attached), scaler=scaler)
+    plain = make(expected, attached)
+    accelerator.gradient_state._set_sync_gradients(True)
+    for step in range(9):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        if step == 4:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.unscale_(optimizer.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert optimizer.step_was_skipped == (step == 4)
+        if step != 4:
+            plain.zero_grad()
+            nn.functional.mse_loss(expected(x), y).backward()
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+            plain.step()
+    assert equal_weights(model, expected)
+    assert metrics_source(optimizer).metrics()["step"] == 8
+    with pytest.raises(RuntimeError, match="closure cannot be used with GradScaler"):
+        optimizer.step(lambda: None)
