@@ -209,8 +209,7 @@ def _chosen(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
 @cache
 def _upper_of(n: int, device: torch.device) -> torch.Tensor:
     """Flat indices of an upper triangle, row by row: (n (n + 1) / 2,) int64."""
-    # A copy, since the cached NumPy array is read-only, which torch does not know.
-    return torch.tensor(upper_indices(n), device=device)
+    return upload(upper_indices(n), torch.int64, device)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -7,7 +7,9 @@ on once their copy is done. On the CPU nothing of this is needed, and nothing is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from preconditioner_client.exchange import Arrival, Exchange, Rejection, SessionSpec, Snapshot
@@ -22,10 +24,12 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(
+    values: Sequence[float] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A 1-D tensor of numbers on a device. ``torch.tensor(.., device=..)`` would wait for the device."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

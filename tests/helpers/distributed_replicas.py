@@ -139,6 +139,62 @@ def every_block_has_one_owner_and_the_work_is_balanced(folder):
     assert epochs[0] > session.epoch
 
 
+def overlapped_updates_are_those_of_one_all_gather(folder):
+    """Buckets of one block, of a few, and of everything; parameters without gradients; groups added later."""
+    for settings in (
+        {"grafting": GraftingConfig(method="lamb"), "nesterov": True},
+        {"grafting": GraftingConfig(method="sgd", blend_steps=4), "staleness": EAGER},
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            configs = [
+                DistributedConfig(communication_dtype=dtype, overlap=size is not None, bucket_bytes=size or 1)
+                for size in (None, 1, 600, 2**30)
+            ]
+            models = [make_model() for _ in configs]
+            optimizers = []
+            for model, config in zip(models, configs, strict=True):
+                weights = [model[0].weight, model[0].bias, model[2].weight]
+                optimizer = Shampoo(
+                    [{"params": weights[:2]}, {"params": weights[2:], "lr": 0.1}],
+                    momentum=0.9,
+                    blocking=BlockingConfig(block_size=8),
+                    service=LocalExchange(1),
+                    distributed=config,
+                    **({"staleness": SCHEDULED} | settings),
+                )
+                optimizers.append(optimizer)
+            for step in range(12):
+                for model, optimizer in zip(models, optimizers, strict=True):
+                    if step == 5:
+                        optimizer.add_param_group({"params": list(model[4].parameters())})
+                    # In step 7 the first group has no gradient at all.
+                    train(model, optimizer, [step], {0, 1} if step == 7 else {2} if step % 3 == 1 else ())
+                assert_replicas_are_equal(models[0])
+                for model in models[1:]:
+                    assert_same(model, models[0])
+            assert len(optimizers[1]._engine._shared._buckets) >= 12 // dist.get_world_size()
+
+
+def an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned(folder):
+    """All but the last bucket of every group have left before its last stack is done."""
+    events = []
+    model = make_model()
+    optimizer = make_optimizer(
+        model, staleness=EAGER, distributed=DistributedConfig(overlap=True, bucket_bytes=1)
+    )
+    train(model, optimizer, range(8))
+    shared = optimizer._engine._shared
+    launch, stacks = shared._launch, [e.stack for plan in optimizer._engine.plans for e in plan.stacks]
+    shared._launch = lambda bucket: (launch(bucket), events.append(("sent", bucket.work is not None)))
+    for stack in stacks:
+        whole = stack.precondition
+        stack.precondition = lambda *args, whole=whole: (events.append(("product",)), whole(*args))[1]
+    train(model, optimizer, [8])
+    assert ("sent", False) not in events
+    first, last = events.index(("sent", True)), len(events) - 1 - events[::-1].index(("product",))
+    assert first < last, events
+
+
 class Faulty(LocalExchange):
     """Loses, delays or repeats what it brings, as scripted for a rank; sometimes connects anew."""
 
@@ -173,13 +229,21 @@ def replicas_stay_bit_identical_whatever_arrives_when(folder):
         StalenessConfig(refresh_every=2, max_staleness=4, policy="wait", stale_timeout=0.01),
         StalenessConfig(refresh_every=2, max_staleness=4, policy="keep"),
     ):
-        model, undisturbed = make_model(), make_model()
+        model, undisturbed, overlapped = make_model(), make_model(), make_model()
         optimizer = make_optimizer(model, staleness=staleness, service=Faulty(rank))
+        bucketed = make_optimizer(
+            overlapped,
+            staleness=staleness,
+            service=Faulty(rank),
+            distributed=DistributedConfig(overlap=True, bucket_bytes=300),
+        )
         reference = make_optimizer(undisturbed, staleness=staleness)
         for step in range(30):
             train(model, optimizer, [step])
             train(undisturbed, reference, [step])
+            train(overlapped, bucketed, [step])
             assert_replicas_are_equal(model)
+            assert_same(overlapped, model)
         assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
         stale = on_all_ranks(optimizer.metrics()["age_max"])
         assert stale[last] > stale[0]
@@ -277,6 +341,9 @@ def different_settings_are_refused_by_name(folder):
     optimizer = make_optimizer(model, staleness=StalenessConfig(max_staleness=20 + dist.get_rank()))
     with pytest.raises(ValueError, match="the ranks do not train the same"):
         train(model, optimizer, range(1))
+    config = DistributedConfig(overlap=dist.get_rank() == 0)
+    with pytest.raises(ValueError, match=r"the ranks do not train the same.*bucket_bytes=None"):
+        train(model, make_optimizer(model, distributed=config), range(1))
 
 
 def models_of_their_own_are_refused_unless_distributed_is_off(folder):
@@ -297,6 +364,18 @@ def gradients_of_different_parameters_are_refused_by_name_on_all_ranks(folder):
     train(model, optimizer, range(3))
     with pytest.raises(RuntimeError, match=r"4\.weight has a gradient on the replicas \[1.*\] of"):
         train(model, optimizer, [3], without={4} if dist.get_rank() == 0 else ())
+    # In buckets, too, where the first rank has no gradient in a whole group.
+    model = make_model()
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    optimizer = Shampoo(
+        [group for group in groups if group["params"]],
+        blocking=BlockingConfig(block_size=8),
+        service=LocalExchange(1),
+        distributed=DistributedConfig(overlap=True, bucket_bytes=300),
+    )
+    train(model, optimizer, range(3))
+    with pytest.raises(RuntimeError, match=r"group1\.parameter0 has a gradient on the replicas \[1.*\] of"):
+        train(model, optimizer, [3], without={2, 3} if dist.get_rank() == 0 else ())
 
 
 def a_process_group_of_some_ranks(folder):
@@ -325,6 +404,8 @@ SCENARIOS = [
     half_precision_parameters,
     bfloat16_communication_rounds_on_all_ranks_alike,
     every_block_has_one_owner_and_the_work_is_balanced,
+    overlapped_updates_are_those_of_one_all_gather,
+    an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned,
     replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,

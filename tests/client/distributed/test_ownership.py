@@ -16,6 +16,7 @@ from preconditioner_client import (
 from preconditioner_client.blocks import partition
 from preconditioner_client.distribution import Ranks
 from preconditioner_client.plan import GroupSettings, Loads, plan_group
+from preconditioner_client.sharing import bucketed
 
 SETTINGS = GroupSettings(
     blocking=BlockingConfig(block_size=8), statistics=StatisticsConfig(), root=RootConfig()
@@ -43,6 +44,25 @@ def test_every_block_has_one_owner(replicas):
         assert plan.blocks == found[0].blocks, "ranks disagree"
         assert len(plan.own) == len(plan.specs) == sum(len(e.stack) for e in plan.stacks)
         assert [plan.blocks[position].sides for position in plan.own] == [spec.sides for spec in plan.specs]
+
+
+@pytest.mark.parametrize("size", [None, 1, 300, 2**40])
+def test_buckets_hold_every_block_once_and_no_more_than_asked_for(size):
+    ranks = Ranks(replicas=3, bucket_bytes=size)
+    of_groups = [plans(3)[0], plans(3)[0]]
+    buckets = bucketed(of_groups, ranks)
+    found = [(group, b.member.parameter, b.key) for content in buckets for group, b in content]
+    assert sorted(found) == sorted(
+        (g, b.member.parameter, b.key) for g in (0, 1) for b in of_groups[g].blocks
+    )
+    if size is None:
+        assert len(buckets) == 1
+        return
+    for content in buckets:
+        assert len({group for group, _ in content}) == 1
+        for replica in range(3):
+            own = [4 * b.member.place.numel for _, b in content if b.replica == replica]
+            assert sum(own[:-1]) < size
 
 
 def test_the_costliest_blocks_are_spread_first():
@@ -87,6 +107,8 @@ def test_what_is_no_way_of_distributing(value):
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match=r"torch\.float32 or torch\.bfloat16, not torch\.float16"):
         DistributedConfig(communication_dtype=torch.float16)
+    with pytest.raises(ValueError, match="bucket_bytes must be >= 1, not 0"):
+        DistributedConfig(overlap=True, bucket_bytes=0)
     p = torch.nn.Parameter(torch.ones(2, 2))
     p.grad = torch.ones(2, 2)
     optimizer = Shampoo([p], service=LocalExchange(), distributed=DistributedConfig())
