@@ -154,14 +154,13 @@ class Outbox:
             outdated: the service has one that is not older.
 
         Returns:
-            True if the snapshot was accepted before in truth, and only its receipt was lost with a stream.
+            True if there is no news in it: the snapshot was accepted before in truth, and only its receipt was
+            lost with a stream; or it was answered before.
         """
-        known = outdated and (block, step) in self._uncertain
-        if known:
+        if outdated and (block, step) in self._uncertain:
             self.acknowledged(block, step)
-        else:
-            self._settle(block, step)
-        return known
+            return True
+        return not self._settle(block, step)
 
     def _settle(self, block: int, step: int) -> bool:
         self._uncertain.discard((block, step))

@@ -100,8 +100,20 @@ def test_a_new_stream_of_the_session_does_not_send_what_was_acknowledged():
         box.put(snap(0, step))
     assert drain(box) == [(0, 2), (0, 3)]
     assert box.refused(0, 2, outdated=True)  # only its receipt had been lost
-    assert not box.refused(0, 2, outdated=True)
     assert not box.refused(0, 3, outdated=False)
+    assert box.unanswered_bytes == 0
+
+
+def test_a_second_answer_is_no_news():
+    """As where a message was duplicated on its way."""
+    box = outbox()
+    for step in (1, 2):
+        box.put(snap(0, step))
+        drain(box)
+    box.acknowledged(0, 1)
+    assert box.refused(0, 1, outdated=True)
+    assert not box.refused(0, 2, outdated=False)
+    assert box.refused(0, 2, outdated=False)
     assert box.unanswered_bytes == 0
 
 
