@@ -1,8 +1,7 @@
-"""A TCP link on loopback that can be made bad: cut, stalled, delayed, slowed, half lost.
+"""A TCP proxy between trainers and a service that delays, paces, stalls and cuts what passes through.
 
-A userspace stand-in for ``tc netem``, which needs rights that most machines do not give. TCP repairs lost
-segments, so what a stream sees of loss is late bytes: :attr:`FaultyLink.drop` makes a piece late by a
-retransmission timeout with that probability.
+It needs no rights, unlike a network namespace. What it cannot do is lose a packet: TCP has mended that before
+the bytes are here. So a loss is a stall for as long as the retransmission would have taken.
 """
 
 from __future__ import annotations
@@ -10,164 +9,256 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
 
-_PIECE = 64 * 1024
+_SEGMENT_BYTES = 1448
+_READ_BYTES = 64 * 1024
 _RETRANSMISSION_SECONDS = 0.2
-"""Linux's smallest retransmission timeout (RTO_MIN)."""
-
-_UNSENT = 4 * 1024 * 1024
-"""Bytes that a slow link holds back before it stops reading, as a router's queue would."""
+_QUEUED_READS = 16
 
 
-class FaultyLink:
-    """Listens on a free port and forwards to ``upstream``; attributes may be set at any time.
+class Way(Enum):
+    """Direction of bytes, as the trainer sees it."""
 
-    Args:
-        upstream: (host, port) of the service. It need not be there yet.
-        seed: of what is dropped.
+    UP = "up"
+    DOWN = "down"
 
-    All methods may be called from any thread.
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How one direction treats what passes.
 
     Attributes:
-        address: ``host:port`` to connect to.
-        delay: seconds that every byte takes, each way.
-        drop: probability that a piece needs another transmission.
-        rate: bytes per second, each way; None: not bounded.
-        refused: connections that found nobody upstream.
-        accepted: connections so far.
+        delay: seconds from one end to the other.
+        loss: share of the segments that have to be sent again, [0, 1).
+        rate: bit/s; None: as fast as it goes.
     """
 
-    def __init__(self, upstream: tuple[str, int], seed: int = 0) -> None:
-        self.delay = 0.0
-        self.drop = 0.0
-        self.rate: float | None = None
-        self.refused = 0
-        self.accepted = 0
-        self._upstream = upstream
+    delay: float = 0.0
+    loss: float = 0.0
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.delay < 0:
+            raise ValueError(f"delay must be >= 0 seconds, not {self.delay}")
+        if not 0 <= self.loss < 1:
+            raise ValueError(f"loss must be in [0, 1), not {self.loss}")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"rate must be > 0 bit/s, not {self.rate}")
+
+
+class _Connection:
+    """One trainer's connection and the one to the service that belongs to it."""
+
+    def __init__(self, trainer: asyncio.StreamWriter, service: asyncio.StreamWriter) -> None:
+        self.ends = {Way.DOWN: trainer, Way.UP: service}
+        self.tasks: list[asyncio.Task[None]] = []
+
+
+class Proxy:
+    """Listens on loopback and forwards to ``upstream``, in a thread of its own.
+
+    Connections are made while it passes bytes; while it is cut they are taken, and nothing answers.
+
+    Args:
+        upstream: ``host:port`` of the service.
+        seed: of the losses.
+
+    Attributes:
+        address: ``host:port`` for trainers.
+    """
+
+    def __init__(self, upstream: str, seed: int = 0) -> None:
+        host, _, port = upstream.rpartition(":")
+        self._upstream = (host.strip("[]"), int(port))
         self._random = random.Random(seed)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._links: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._shapes = dict.fromkeys(Way, Shape())
+        self._allowed: dict[Way, tuple[int, threading.Event]] = {}
+        self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-        self._closing = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="faulty-link", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
+        self._passing = {way: asyncio.Event() for way in Way}
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._accept, "127.0.0.1", 0), self._loop
+        ).result()
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.heal()
 
-    def cut(self) -> None:
-        """Break all connections with a reset; new ones are taken."""
-        self._call(self._reset)
+    def shape(self, shape: Shape, *ways: Way) -> None:
+        """Treat bytes like this from now on; without ``ways``, in both directions."""
+        self._do(lambda: self._shapes.update(dict.fromkeys(ways or Way, shape)))
 
-    def stall(self) -> None:
-        """Let nothing through, without a sign: a partition, or a half-open connection. New ones hang, too."""
-        self._call(self._flowing.clear)
+    def stall(self, *ways: Way) -> None:
+        """Let nothing pass and tell nobody: a reader that does not read, or without ``ways`` a cut wire."""
+
+        def stalled() -> None:
+            for way in ways or Way:
+                self._passing[way].clear()
+
+        self._do(stalled)
+
+    def stall_after(self, nbytes: int, way: Way) -> threading.Event:
+        """Let exactly so many bytes more pass in one direction, over all connections, then stall it.
+
+        Returns:
+            An event that is set when the last of them was handed to the other end.
+        """
+        if nbytes < 1:
+            raise ValueError(f"nbytes must be >= 1, not {nbytes}")
+        stalled = threading.Event()
+        self._do(lambda: self._allowed.update({way: (nbytes, stalled)}))
+        return stalled
 
     def heal(self) -> None:
-        """Let everything through again, and at full speed."""
-        self.delay, self.drop, self.rate = 0.0, 0.0, None
-        self._call(self._flowing.set)
+        """Let everything pass as if nothing had been."""
+
+        def healed() -> None:
+            self._allowed.clear()
+            self._shapes = dict.fromkeys(Way, Shape())
+            for passing in self._passing.values():
+                passing.set()
+
+        self._do(healed)
+
+    def drop(self) -> None:
+        """Break every connection, for both ends to see."""
+
+        def dropped() -> None:
+            for connection in list(self._connections):
+                self._end(connection)
+
+        self._do(dropped)
+
+    def vanish(self, way: Way) -> None:
+        """Let one end of every connection disappear without a word to the other, which stays half open.
+
+        Args:
+            way: where the end lies that disappears: ``UP`` the service, ``DOWN`` the trainer.
+        """
+
+        def vanished() -> None:
+            for connection in self._connections:
+                for task in connection.tasks:
+                    task.cancel()
+                connection.ends[way].transport.abort()
+
+        self._do(vanished)
 
     def close(self) -> None:
-        """Break all connections and stop listening. Idempotent."""
-        if self._thread.is_alive():
-            self._call(self._closing.set)
-            self._thread.join(5.0)
+        """Break every connection and take no more. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        self._do(self._server.close)
+        self.drop()
+        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
 
-    def __enter__(self) -> FaultyLink:
+    def __enter__(self) -> Proxy:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
-    def _call(self, function: Callable[[], Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and all connections with it
-            self._loop.call_soon_threadsafe(function)
+    # -- in the loop ---------------------------------------------------------------------------------
 
-    # -- in the loop's thread ------------------------------------------------------------------------
+    def _do(self, action: Callable[[], object]) -> None:
+        async def run() -> None:
+            action()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve())
-        finally:
-            self._loop.close()
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result(5)
 
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._accepted, sock=self._listener, limit=_PIECE)
-        await self._closing.wait()
-        server.close()
-        self._reset()
-        for task in list(self._tasks):
+    async def _settle(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _reset(self) -> None:
-        for ends in list(self._links):
-            for end in ends:
-                end.transport.abort()
-
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        await self._flowing.wait()
+    async def _accept(self, from_trainer: asyncio.StreamReader, to_trainer: asyncio.StreamWriter) -> None:
+        for passing in self._passing.values():
+            await passing.wait()
         try:
-            up_reader, up_writer = await asyncio.open_connection(*self._upstream, limit=_PIECE)
+            from_service, to_service = await asyncio.open_connection(*self._upstream)
         except OSError:
-            self.refused += 1
-            writer.transport.abort()
+            to_trainer.transport.abort()
             return
-        ends = (writer, up_writer)
-        self._links.add(ends)
-        pumps = [
-            self._loop.create_task(self._pump(reader, up_writer)),
-            self._loop.create_task(self._pump(up_reader, writer)),
+        connection = _Connection(to_trainer, to_service)
+        self._connections.add(connection)
+        connection.tasks = [
+            asyncio.ensure_future(self._pump(connection, way, source))
+            for way, source in ((Way.UP, from_trainer), (Way.DOWN, from_service))
         ]
-        self._tasks.update(pumps)
+
+    async def _pump(self, connection: _Connection, way: Way, source: asyncio.StreamReader) -> None:
+        """Carry one direction; what is under way is bounded, so that a stall is felt by the sender."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED_READS)
+
+        async def read() -> None:
+            while True:
+                data = b""
+                with contextlib.suppress(OSError):
+                    data = await source.read(_READ_BYTES)
+                await queue.put((self._loop.time() + self._shapes[way].delay, data))
+                if not data:
+                    return
+
+        reading = asyncio.ensure_future(read())
         try:
-            await asyncio.gather(*pumps, return_exceptions=True)
+            while True:
+                due, data = await queue.get()
+                await asyncio.sleep(due - self._loop.time())
+                await self._passing[way].wait()
+                if not data:
+                    break
+                await self._hold(way, len(data))
+                while data:
+                    await self._passing[way].wait()
+                    passes = self._pass(way, len(data))
+                    connection.ends[way].write(data[:passes])
+                    data = data[passes:]
+                    await connection.ends[way].drain()
+            self._end(connection)
+        except OSError:
+            self._end(connection)
         finally:
-            self._tasks.difference_update(pumps)
-            self._links.discard(ends)
-            for end in ends:
-                end.transport.abort()
+            reading.cancel()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Reads in one task and writes in another, so that a delay holds up no later byte."""
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=_UNSENT // _PIECE)
-        ends = {
-            self._loop.create_task(self._read(reader, queue)),
-            self._loop.create_task(self._write(queue, writer)),
-        }
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
+    async def _hold(self, way: Way, size: int) -> None:
+        """The time that rate and losses cost these bytes."""
+        shape = self._shapes[way]
+        segments = -(-size // _SEGMENT_BYTES)
+        lost = sum(self._random.random() < shape.loss for _ in range(segments))
+        seconds = lost * (_RETRANSMISSION_SECONDS + 2 * shape.delay)
+        if shape.rate is not None:
+            seconds += size * 8 / shape.rate
+        if seconds:
+            await asyncio.sleep(seconds)
 
-    async def _read(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
-        piece = b"-"
-        while piece:
-            piece = await reader.read(_PIECE)
-            due = self._loop.time() + self.delay
-            if self.drop and self._random.random() < self.drop:
-                due += _RETRANSMISSION_SECONDS
-            await queue.put((due, piece))
+    def _pass(self, way: Way, size: int) -> int:
+        """How many of these bytes pass now; the last that may stall the direction."""
+        if way not in self._allowed:
+            return size
+        allowed, stalled = self._allowed[way]
+        if size < allowed:
+            self._allowed[way] = allowed - size, stalled
+            return size
+        del self._allowed[way]
+        self._passing[way].clear()
+        stalled.set()
+        return allowed
 
-    async def _write(self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
-        while True:
-            due, piece = await queue.get()
-            await asyncio.sleep(max(0.0, due - self._loop.time()))
-            if self.rate is not None:
-                await asyncio.sleep(len(piece) / self.rate)
-            await self._flowing.wait()
-            if not piece:
-                writer.write_eof()
-                return
-            writer.write(piece)
-            await writer.drain()
+    def _end(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        for end in connection.ends.values():
+            end.transport.abort()
