@@ -10,8 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
+from preconditioner_protos.history import Kind
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.sessions import Job, Session, Stream, budget_bytes
+from preconditioner_service.history import ServiceHistory
+from preconditioner_service.sessions import Footprint, Job, Plan, Session, Stream
 from preconditioner_service.shares import Share
 
 _FENCES = 4096
@@ -38,15 +40,22 @@ class Board:
     """All jobs and sessions of one service.
 
     Args:
-        budget_bytes: what all sessions together may make the board hold.
+        budget_bytes: what all sessions together may make the service hold.
         session_ttl: seconds that a session without a stream lives.
         clock: monotonic seconds.
+        stream_bytes: what the messages under way of one session's stream may take, beside its footprint.
     """
 
     def __init__(
-        self, budget_bytes: int, session_ttl: float, clock: Callable[[], float] = time.monotonic
+        self,
+        budget_bytes: int,
+        session_ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+        stream_bytes: int = 0,
     ) -> None:
+        self.history: ServiceHistory | None = None
         self._budget_bytes = budget_bytes
+        self._stream_bytes = stream_bytes
         self._session_ttl = session_ttl
         self._clock = clock
         self._jobs: dict[str, Job] = {}
@@ -74,11 +83,47 @@ class Board:
             return 0
         return sum(other.budget_bytes for rank, other in job.sessions.items() if rank != request.rank)
 
-    def open(self, request: pb.OpenSessionRequest) -> tuple[Session, list[Session]]:
+    def check(self, request: pb.OpenSessionRequest, footprint: Footprint) -> list[Session]:
+        """Whether a session would be opened, before anything is made for it.
+
+        Args:
+            request: checked against protocol and quotas.
+            footprint: of its manifest.
+
+        Returns:
+            The sessions that its epoch would fence.
+
+        Raises:
+            AdmissionError: the epoch is fenced, or the budget does not hold it.
+        """
+        job = self._known(request)
+        if job is not None and request.epoch < job.epoch:
+            raise AdmissionError(
+                Admission.FENCED,
+                f"epoch {request.epoch} of job {request.job!r} is fenced by epoch {job.epoch}",
+            )
+        if job is not None and request.epoch == job.epoch:
+            if request.rank in job.sessions:
+                return []
+            fenced = []
+        else:
+            fenced = [] if job is None else list(job.sessions.values())
+        held = sum(map(self._held, self._sessions.values())) - sum(map(self._held, fenced))
+        needed = footprint.total + self._stream_bytes
+        if held + needed > self._budget_bytes:
+            raise AdmissionError(
+                Admission.OVER_BUDGET,
+                f"the session needs up to {needed} bytes; of the "
+                f"service's {self._budget_bytes} are free {max(0, self._budget_bytes - held)}",
+            )
+        return fenced
+
+    def open(self, request: pb.OpenSessionRequest, plan: Plan | None = None) -> tuple[Session, list[Session]]:
         """Open a session, or find the same one again.
 
         Args:
             request: checked against protocol and quotas.
+            plan: the request's, if it was made before.
 
         Returns:
             The session, and those that its epoch fenced.
@@ -87,42 +132,36 @@ class Board:
             AdmissionError: the epoch is fenced, the rank announced other blocks in this epoch, or the budget
                 does not hold it. Nothing changed.
         """
-        job = self._jobs.get(request.job) or self._fences.get(request.job)
-        if job is not None and request.epoch < job.epoch:
-            raise AdmissionError(
-                Admission.FENCED,
-                f"epoch {request.epoch} of job {request.job!r} is fenced by epoch {job.epoch}",
-            )
-        same_epoch = job is not None and request.epoch == job.epoch
-        if job is not None and same_epoch and (session := job.sessions.get(request.rank)) is not None:
-            return self._again(session, request), []
-        needed = budget_bytes(request.manifest)
-        fenced = [] if job is None or same_epoch else list(job.sessions.values())
-        held = sum(session.budget_bytes for session in self._sessions.values()) - sum(
-            session.budget_bytes for session in fenced
-        )
-        if held + needed > self._budget_bytes:
-            raise AdmissionError(
-                Admission.OVER_BUDGET,
-                f"the session needs up to {needed} bytes; of the "
-                f"service's {self._budget_bytes} are free {max(0, self._budget_bytes - held)}",
-            )
+        plan = plan or Plan(request)
+        fenced = self.check(request, plan.footprint)
+        job = self._known(request)
+        if job is not None and request.epoch == job.epoch and request.rank in job.sessions:
+            return self._again(job.sessions[request.rank], request, plan), []
         for old in fenced:
-            self.close(old, f"epoch {request.epoch} took over")
+            self.close(old, f"epoch {request.epoch} took over", fenced=True)
         if job is None:
             job = Job(request.job, request.epoch, Share(request.job))
         job.epoch = request.epoch
         self._fences.pop(request.job, None)
         self._jobs[request.job] = job
-        session = Session(job, request, needed)
+        session = Session(job, request, plan)
+        if self.history is not None:
+            session.history = self.history.of_session(job.name, session.rank, session.epoch)
+        session.say(Kind.SESSION_OPENED, blocks=len(session.blocks), budget=plan.footprint.packed)
         session.expires_at = self._clock() + self._session_ttl
         job.sessions[session.rank] = session
         job.share.blocks += len(session.blocks)
         self._sessions[session.id] = session
         return session, fenced
 
-    def _again(self, session: Session, request: pb.OpenSessionRequest) -> Session:
-        if request.manifest.SerializeToString(deterministic=True) != session.manifest_bytes:
+    def _known(self, request: pb.OpenSessionRequest) -> Job | None:
+        return self._jobs.get(request.job) or self._fences.get(request.job)
+
+    def _held(self, session: Session) -> int:
+        return session.footprint.total + self._stream_bytes
+
+    def _again(self, session: Session, request: pb.OpenSessionRequest, plan: Plan) -> Session:
+        if plan.manifest_bytes != session.manifest_bytes:
             raise AdmissionError(
                 Admission.DIFFERENT_MANIFEST,
                 f"rank {request.rank} of job {request.job!r} announced another manifest in epoch "
@@ -144,6 +183,7 @@ class Board:
             older.end("a newer stream of the session took over")
             session.detach()
         session.stream = stream
+        session.say(Kind.STREAM_ATTACHED)
         return older
 
     def detach(self, session: Session, stream: Stream) -> bool:
@@ -158,11 +198,12 @@ class Board:
         session.expires_at = self._clock() + self._session_ttl
         return True
 
-    def close(self, session: Session, why: str) -> None:
+    def close(self, session: Session, why: str, *, fenced: bool = False) -> None:
         """Free all that is held for a session; its stream, if any, ends with ABORTED."""
         if session.closed:
             return
         session.closed = True
+        session.say(Kind.SESSION_CLOSED, why=why, fenced=fenced)
         if session.stream is not None:
             session.stream.end(why)
             session.stream = None
@@ -185,6 +226,11 @@ class Board:
             if session.stream is None and session.expires_at <= now:
                 self.close(session, "its stream was gone for longer than session_ttl")
                 yield session
+
+    def record_held(self) -> None:
+        """Record what is held now, if that is recorded."""
+        if self.history is not None:
+            self.history.held(self.sessions, self._budget_bytes)
 
     def status(self) -> Iterator[pb.JobStatus]:
         """What GetStatus says of every job."""

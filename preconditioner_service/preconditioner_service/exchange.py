@@ -11,27 +11,27 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from preconditioner_protos import Assembler, PackedBlock, Refusal, chunk_messages
+from preconditioner_protos import MAX_ENTRIES, Assembler, PackedBlock, Refusal, chunk_messages
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.calls import Context, EndOfStream
+from preconditioner_service.decoding import decode_trainer_message
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.logs import limited
 from preconditioner_service.sessions import Session
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-_MOST_ANSWERS = 65536
+_MOST_ANSWERS = 4096
 """Receipts and Nacks that wait to be written."""
 
 _RECEIPT_BYTES, _NACK_BYTES = 32, 2304
 """The largest that one of them can be in a message."""
 
-_CHUNKS_AT_A_TIME = 256
-"""After as many, other streams have their turn: a message may hold a hundred thousand tiny ones."""
+_CHUNKS_AT_A_TIME = 64
+"""After as many, other streams have their turn: a message may hold thousands of tiny ones."""
 
 _LAST_WORDS = 5.0
 """Seconds to write the last answers after the trainer half-closed its stream."""
@@ -40,12 +40,19 @@ _MOST_DETAIL = 500
 """Characters of a Nack's text."""
 
 
-class EndOfStream(Exception):
-    """The service ends the stream with this status."""
+class Turns:
+    """One for all streams: only one of them at a time works through a message of many small chunks.
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.code = code
+    However many streams bring such messages, a stream with an ordinary one waits for one slice of theirs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def take(self) -> None:
+        """Wait for the caller's turn to work for about a millisecond, and let the others' events in."""
+        async with self._lock:
+            await asyncio.sleep(0)
 
 
 class ExchangeStream:
@@ -56,6 +63,8 @@ class ExchangeStream:
         context: gRPC's; Attach was read from it and Attached written.
         credit_bytes: packed preconditioners that may be unanswered.
         max_message_bytes: of one message.
+        idle_timeout: seconds without a message after which the stream ends.
+        turns: those of all streams.
         dispatcher: told of every accepted snapshot.
     """
 
@@ -67,12 +76,16 @@ class ExchangeStream:
         *,
         credit_bytes: int,
         max_message_bytes: int,
+        idle_timeout: float,
+        turns: Turns,
     ) -> None:
         self._session = session
         self._context = context
         self._dispatcher = dispatcher
         self._credit_bytes = credit_bytes
         self._max_message_bytes = max_message_bytes
+        self._idle_timeout = idle_timeout
+        self._turns = turns
         self._assembler = Assembler(session.statistics)
         self._receipts: list[pb.Receipt] = []
         self._nacks: list[pb.Nack] = []
@@ -155,9 +168,8 @@ class ExchangeStream:
             await self._room.wait()
 
     async def _read(self) -> None:
-        while (message := await self._context.read()) is not grpc.aio.EOF:
-            if message is None:
-                raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "the bytes are no TrainerMessage")
+        while (data := await self._next()) is not grpc.aio.EOF:
+            message = decode_trainer_message(data)
             kind = message.WhichOneof("kind")
             if kind == "chunks":
                 await self._take(message.chunks)
@@ -167,21 +179,35 @@ class ExchangeStream:
             elif kind == "attach":
                 raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "attach: a second one on this stream")
             # Other kinds are a later revision's of the protocol, which promises that ignoring them is right.
-            while len(self._receipts) + len(self._nacks) > _MOST_ANSWERS:
-                self._room.clear()
-                await self._room.wait()
+            del data, message  # what was read must not be held while the next is awaited
+
+    async def _next(self) -> Any:
+        try:
+            return await asyncio.wait_for(self._context.read(), self._idle_timeout)
+        except asyncio.TimeoutError:
+            raise EndOfStream(
+                grpc.StatusCode.UNAVAILABLE,
+                f"no message for {self._idle_timeout:g} s (stream_idle_timeout); attach again",
+            ) from None
 
     async def _take(self, chunks: pb.Chunks) -> None:
         for number, chunk in enumerate(chunks.chunks):
             if number and number % _CHUNKS_AT_A_TIME == 0:
                 self._dispatcher.kick()
-                await asyncio.sleep(0)
+                await self._turns.take()
+                await self._answers_read()
             if self._session.closed:
                 return
             for outcome in self._assembler.add(chunk):
                 self._arrived(outcome)
         # Once a message, so that its small blocks can share a batch.
         self._dispatcher.kick()
+        await self._answers_read()
+
+    async def _answers_read(self) -> None:
+        while len(self._receipts) + len(self._nacks) > _MOST_ANSWERS:
+            self._room.clear()
+            await self._room.wait()
 
     def _arrived(self, outcome: PackedBlock | Refusal) -> None:
         session = self._session
@@ -240,11 +266,11 @@ class ExchangeStream:
                 drain, self._drain = self._drain, None
                 await self._context.write(pb.ServiceMessage(drain=drain))
             if self._receipts:
-                many = self._max_message_bytes // _RECEIPT_BYTES
+                many = min(self._max_message_bytes // _RECEIPT_BYTES, MAX_ENTRIES)
                 receipts, self._receipts = self._receipts[:many], self._receipts[many:]
                 await self._context.write(pb.ServiceMessage(receipts=pb.Receipts(receipts=receipts)))
             if self._nacks:
-                many = self._max_message_bytes // _NACK_BYTES
+                many = min(self._max_message_bytes // _NACK_BYTES, MAX_ENTRIES)
                 nacks, self._nacks = self._nacks[:many], self._nacks[many:]
                 await self._context.write(pb.ServiceMessage(nacks=pb.Nacks(nacks=nacks)))
         self._saying = False

@@ -24,16 +24,20 @@ from typing import Any, TextIO
 import grpc
 import grpc.aio
 
+from preconditioner_protos.history import HistoryError
 from preconditioner_service import logs, wire
 from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
+from preconditioner_service.calls import WaitingRoom
 from preconditioner_service.dispatcher import Dispatcher
+from preconditioner_service.health import Health
+from preconditioner_service.history import HELD_SECONDS, ServiceHistory
 from preconditioner_service.logs import event, limited
 from preconditioner_service.parent import ParentWatch
 from preconditioner_service.pool import PoolError, PoolSettings, RayPool
 from preconditioner_service.quarantine import Quarantine, QuarantineLimits
 from preconditioner_service.quotas import Quotas
-from preconditioner_service.server import ExchangeLimits, Health, Service, enable_reflection
+from preconditioner_service.server import ExchangeLimits, Service, enable_reflection
 from preconditioner_service.settings import ServeSettings, is_loopback
 
 _STOP_SECONDS = 1.0
@@ -66,7 +70,7 @@ def run(settings: ServeSettings, out: TextIO) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     try:
         asyncio.run(_Run(settings, out).main())
-    except (ServeError, PoolError) as error:
+    except (ServeError, PoolError, HistoryError) as error:
         event(logging.ERROR, "failed", reason=error)
         announce(out, event="failed", reason=str(error))
         return 1
@@ -98,8 +102,18 @@ class _Run:
             self._dispatcher.kick,
         )
         self._dispatcher.use(self._pool)
+        self._history: ServiceHistory | None = None
+        self._board = Board(
+            settings.max_total_bytes,
+            settings.session_ttl,
+            # One coming and one going, serialized.
+            stream_bytes=2 * settings.max_message_bytes,
+        )
+        if settings.history_file is not None:
+            self._history = ServiceHistory(settings.history_file, settings.history_matrices)
+            self._board.history = self._history
         self._service = Service(
-            Board(settings.max_total_bytes, settings.session_ttl),
+            self._board,
             self._dispatcher,
             Quotas(
                 max_blocks=settings.max_blocks,
@@ -110,11 +124,12 @@ class _Run:
                 max_message_bytes=settings.max_message_bytes,
                 credit_bytes=settings.credit_bytes,
                 session_ttl=settings.session_ttl,
+                stream_idle_timeout=settings.stream_idle_timeout,
             ),
             version=_version(),
             workers=lambda: self._pool.alive,
         )
-        self._health = Health()
+        self._health = Health(settings.max_health_watchers)
 
     async def main(self) -> None:
         self._watch()
@@ -132,6 +147,8 @@ class _Run:
             starting.cancel()
             await self._dispatcher.stop()
             await self._pool.stop()
+            if self._history is not None:
+                self._history.close()
             event(logging.INFO, "stopped")
 
     async def _serve(self, stopping: asyncio.Task[Any]) -> None:
@@ -140,16 +157,27 @@ class _Run:
         await server.start()
         await self._health.set(True)
         expiring = asyncio.create_task(self._service.expire_sessions())
+        recording = asyncio.create_task(self._record_held())
         try:
             self._ready(address)
             await stopping
             await self._health.set(False)
             event(logging.INFO, "draining", grace_seconds=self._grace)
+            if self._history is not None:
+                self._history.drain_begun(self._grace)
             settled = await self._service.drain(self._grace)
             event(logging.INFO, "drained", complete=settled)
+            if self._history is not None:
+                self._history.drain_ended(settled)
         finally:
             expiring.cancel()
+            recording.cancel()
             await server.stop(_STOP_SECONDS)
+
+    async def _record_held(self) -> None:
+        while self._history is not None:
+            self._board.record_held()
+            await asyncio.sleep(HELD_SECONDS)
 
     def _ready(self, address: str) -> None:
         entry = {"event": "ready", "address": address, "pid": os.getpid()}
@@ -194,22 +222,10 @@ class _Run:
         server = grpc.aio.server(
             interceptors=[BearerToken(self._token, refused)],
             maximum_concurrent_rpcs=settings.max_streams,
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                # Two services must never share a port, and so each other's calls.
-                ("grpc.so_reuseport", 0),
-                # Dead peers are found within half a minute; clients may ping every five seconds.
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.http2.max_ping_strikes", 3),
-                ("grpc.max_concurrent_streams", 128),
-                ("grpc.max_metadata_size", 16 * 1024),
-            ],
+            options=wire.channel_options(settings),
         )
-        wire.add_to(server, self._service)
+        waiting = WaitingRoom(settings.max_waiting_calls, settings.first_message_timeout)
+        wire.add_to(server, self._service, waiting)
         self._health.add_to(server)
         if settings.reflection:
             enable_reflection(server)

@@ -1,4 +1,4 @@
-"""The gRPC end of the service: the four calls of the protocol, health and reflection.
+"""The gRPC end of the service: the four calls of the protocol, and reflection.
 
 Which call ends with which status is written in ``preconditioner_protos/v1/preconditioner.proto``.
 """
@@ -11,29 +11,23 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from preconditioner_protos import PROTOCOL_VERSION, ManifestError, check_open_request
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board
+from preconditioner_service.calls import Context, EndOfStream, answer
+from preconditioner_service.decoding import decode_open_request, decode_trainer_message
 from preconditioner_service.dispatcher import Dispatcher
-from preconditioner_service.exchange import Context, EndOfStream, ExchangeStream
+from preconditioner_service.exchange import ExchangeStream, Turns
 from preconditioner_service.logs import event, limited
+from preconditioner_service.openings import Openings, Run
 from preconditioner_service.quotas import QuotaError, Quotas
-from preconditioner_service.sessions import Session
+from preconditioner_service.sessions import Footprint, Plan, Session
 
 SERVICE = "preconditioner_protos.v1.PreconditionerService"
-
-_ATTACH_TIMEOUT = 20.0
-"""Seconds that a stream may stay silent before its Attach."""
-
-_CHECK_INLINE = 512
-"""Blocks up to which a manifest is checked in the event loop; larger ones would hold up the streams."""
 
 _REFUSED = {
     Admission.FENCED: grpc.StatusCode.ABORTED,
@@ -49,6 +43,7 @@ class ExchangeLimits:
     max_message_bytes: int
     credit_bytes: int
     session_ttl: float
+    stream_idle_timeout: float
 
 
 class Service:
@@ -82,26 +77,30 @@ class Service:
         self._service_id = secrets.token_hex(8)
         self._began = time.monotonic()
         self._streams: set[ExchangeStream] = set()
+        self._turns = Turns()
+        self._openings = Openings()
         self._grace: float | None = None
 
-    async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
-        """See the protocol."""
-        await self._available(context)
-        try:
-            session = await self._open(request)
-        except EndOfStream as refusal:
-            limited(
-                logging.WARNING,
-                "session refused",
-                (request.job[:200], refusal.code),
-                job=request.job[:200],
-                rank=request.rank,
-                epoch=request.epoch,
-                status=refusal.code.name,
-                detail=refusal,
-                peer=context.peer(),
-            )
-            await context.abort(refusal.code, str(refusal))
+    async def OpenSession(self, data: bytes, context: Context) -> pb.OpenSessionResponse:
+        """See the protocol. Raises ``EndOfStream``, as all calls do."""
+        self._available()
+        async with self._openings.turn(len(data)) as run:
+            request = await run(decode_open_request, data, self._quotas.max_blocks)
+            try:
+                session = await self._open(request, run)
+            except EndOfStream as refusal:
+                limited(
+                    logging.WARNING,
+                    "session refused",
+                    (request.job[:200], refusal.code),
+                    job=request.job[:200],
+                    rank=request.rank,
+                    epoch=request.epoch,
+                    status=refusal.code.name,
+                    detail=refusal,
+                    peer=context.peer(),
+                )
+                raise
         return pb.OpenSessionResponse(
             session_id=session.id,
             protocol_version=PROTOCOL_VERSION,
@@ -114,7 +113,7 @@ class Service:
             ),
         )
 
-    async def _open(self, request: pb.OpenSessionRequest) -> Session:
+    async def _open(self, request: pb.OpenSessionRequest, run: Run) -> Session:
         if request.protocol_version != PROTOCOL_VERSION:
             raise EndOfStream(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -124,12 +123,10 @@ class Service:
         manifest = request.manifest
         try:
             self._quotas.check_size(manifest)
-            if len(manifest.blocks) <= _CHECK_INLINE:
-                check_open_request(request)
-            else:
-                await asyncio.to_thread(check_open_request, request)
-            self._quotas.check(manifest, self._board.held_by_job(request))
-            session, fenced = self._board.open(request)
+            await run(check_open_request, request)
+            await run(self._quotas.check, manifest, self._board.held_by_job(request))
+            self._board.check(request, await run(Footprint.of, manifest))
+            session, fenced = self._board.open(request, await run(Plan, request))
         except ManifestError as error:
             raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except QuotaError as error:
@@ -145,50 +142,37 @@ class Service:
             session,
             world_size=session.world_size,
             blocks=len(session.blocks),
-            budget_bytes=session.budget_bytes,
+            budget_bytes=session.footprint.total,
             max_staleness=session.max_staleness,
-            client=session.client[:100],
+            client=session.client,
         )
         return session
 
-    async def Exchange(self, _: Any, context: Context) -> None:
-        """See the protocol."""
-        stream: ExchangeStream | None = None
-        session: Session | None = None
+    async def Exchange(self, data: bytes, context: Context) -> None:
+        """See the protocol.
+
+        Args:
+            data: the stream's first message.
+            context: gRPC's.
+        """
+        self._available()
+        attach = _attach_of(data)
+        session = self._session(attach)
+        await answer(context, pb.ServiceMessage(attached=pb.Attached(epoch=session.epoch)))
+        if session.closed:
+            raise EndOfStream(grpc.StatusCode.ABORTED, "the session was closed meanwhile")
+        stream = self._attach(session, attach, context)
         why = "connection lost"
-        refusal: EndOfStream | None = None
         try:
-            await self._available(context)
-            attach = await self._attach_message(context)
-            session = self._session(attach)
-            await context.write(pb.ServiceMessage(attached=pb.Attached(epoch=session.epoch)))
-            if session.closed:
-                raise EndOfStream(grpc.StatusCode.ABORTED, "the session was closed meanwhile")
-            stream = self._attach(session, attach, context)
             await stream.run()
             why = "half-closed by the trainer"
         except EndOfStream as end:
-            refusal, why = end, str(end)
+            why = str(end)
+            raise
         finally:
-            if stream is not None and session is not None:
-                self._streams.discard(stream)
-                if self._board.detach(session, stream):
-                    _say("stream detached", session, why=why)
-        if refusal is not None:
-            await context.abort(refusal.code, str(refusal))
-
-    async def _attach_message(self, context: Context) -> pb.Attach:
-        try:
-            message = await asyncio.wait_for(context.read(), _ATTACH_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise EndOfStream(
-                grpc.StatusCode.INVALID_ARGUMENT, f"no Attach within {_ATTACH_TIMEOUT:.0f} s"
-            ) from None
-        # None: bytes that are no message.
-        if message is None or message is grpc.aio.EOF or message.WhichOneof("kind") != "attach":
-            raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "kind: the first message must be an Attach")
-        attach: pb.Attach = message.attach
-        return attach
+            self._streams.discard(stream)
+            if self._board.detach(session, stream):
+                _say("stream detached", session, why=why)
 
     def _session(self, attach: pb.Attach) -> Session:
         session = self._board.find(attach.session_id)
@@ -211,6 +195,8 @@ class Service:
             self._dispatcher,
             credit_bytes=min(attach.credit_bytes, self._limits.credit_bytes),
             max_message_bytes=self._limits.max_message_bytes,
+            idle_timeout=self._limits.stream_idle_timeout,
+            turns=self._turns,
         )
         older = self._board.attach(session, stream)
         self._streams.add(stream)
@@ -244,9 +230,9 @@ class Service:
             jobs=self._board.status(),
         )
 
-    async def _available(self, context: Context) -> None:
+    def _available(self) -> None:
         if self._grace is not None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "draining: the service is going to stop")
+            raise EndOfStream(grpc.StatusCode.UNAVAILABLE, "draining: the service is going to stop")
 
     async def expire_sessions(self, period: float = 1.0) -> None:
         """Close sessions whose ttl is over, for ever."""
@@ -281,25 +267,15 @@ class Service:
             stream.end_with(grpc.StatusCode.UNAVAILABLE, "the service stops")
 
 
+def _attach_of(data: bytes) -> pb.Attach:
+    message = decode_trainer_message(data)
+    if message.WhichOneof("kind") != "attach":
+        raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, "kind: the first message must be an Attach")
+    return message.attach
+
+
 def _say(what: str, session: Session, **fields: object) -> None:
     event(logging.INFO, what, job=session.job.name, rank=session.rank, epoch=session.epoch, **fields)
-
-
-class Health:
-    """The standard health service: overall, and by the service's name."""
-
-    def __init__(self) -> None:
-        self._servicer = health_aio.HealthServicer()
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Serve it."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-
-    async def set(self, serving: bool) -> None:
-        """Answer SERVING or NOT_SERVING, and tell those who watch."""
-        states = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
-            await self._servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
 
 
 def enable_reflection(server: grpc.aio.Server) -> None:

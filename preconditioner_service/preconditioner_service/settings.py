@@ -23,6 +23,7 @@ MIB = 1024 * 1024
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
 
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -119,9 +120,30 @@ class ServeSettings(BaseSettings):
         description="statistics and preconditioners of a job",
     )
     max_total_bytes: int = Field(
-        default_factory=lambda: physical_memory() // 2, ge=1, description="the same of all jobs"
+        default_factory=lambda: physical_memory() // 2,
+        ge=1,
+        description="the same of all jobs, with bookkeeping and messages under way",
     )
     max_streams: PositiveInt = Field(1024, description="calls at a time, streams among them")
+    max_streams_per_connection: PositiveInt = Field(128, description="calls at a time of one connection")
+    max_connections: PositiveInt = Field(1024, description="connections at a time; further ones are closed")
+    max_waiting_calls: PositiveInt = Field(
+        32, description="calls whose first message has not come; a further one displaces the oldest"
+    )
+    max_health_watchers: PositiveInt = Field(64, description="Watch calls of the health service at a time")
+    max_metadata_bytes: int = Field(16 * 1024, ge=4096, description="of a call's metadata")
+    first_message_timeout: PositiveSeconds = Field(
+        10.0, description="seconds that a call may stay without its first message"
+    )
+    stream_idle_timeout: PositiveSeconds = Field(
+        3600.0, description="seconds that a stream may stay without a message from the trainer"
+    )
+    handshake_timeout: PositiveSeconds = Field(
+        10.0, description="seconds that a connection may take to begin (TLS, HTTP/2)"
+    )
+    connection_idle_timeout: PositiveSeconds = Field(
+        300.0, description="seconds that a connection may stay without a call"
+    )
 
     # Logs and embedding.
     log_level: Literal["debug", "info", "warning", "error"] = "info"

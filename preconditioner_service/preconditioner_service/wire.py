@@ -1,61 +1,92 @@
-"""The service's methods as gRPC handlers that answer bytes which are no message with INVALID_ARGUMENT.
+"""The service's methods as gRPC handlers of bytes, and the transport's own limits.
 
-The generated registration lets gRPC fail such calls with UNKNOWN and a traceback in the log, which whoever
-holds the token could fill with it.
+The generated registration would parse whatever comes before the service sees it, and let gRPC fail bytes that
+are no message with UNKNOWN and a traceback in the log, which whoever holds the token could fill with it. On
+the wire a unary call is a stream of one message, and as such it is handled here, so that a first message that
+never comes holds nothing for long (see :mod:`preconditioner_service.calls`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.calls import Context, EndOfStream, WaitingRoom, answer
+from preconditioner_service.decoding import decode
 from preconditioner_service.server import SERVICE, Service
+from preconditioner_service.settings import ServeSettings
 
-MessageT = TypeVar("MessageT", bound=Message)
 
-
-def add_to(server: grpc.aio.Server, service: Service) -> None:
+def add_to(server: grpc.aio.Server, service: Service, waiting: WaitingRoom) -> None:
     """Serve the protocol's four methods."""
+
+    async def close(data: bytes, context: Context) -> Message:
+        return await service.CloseSession(decode(pb.CloseSessionRequest, data), context)
+
+    async def status(data: bytes, context: Context) -> Message:
+        return await service.GetStatus(decode(pb.GetStatusRequest, data), context)
+
     methods = {
-        "OpenSession": _unary(service.OpenSession, pb.OpenSessionRequest),
-        "CloseSession": _unary(service.CloseSession, pb.CloseSessionRequest),
-        "GetStatus": _unary(service.GetStatus, pb.GetStatusRequest),
-        "Exchange": grpc.stream_stream_rpc_method_handler(
-            service.Exchange,
-            request_deserializer=_decoder(pb.TrainerMessage),
-            response_serializer=pb.ServiceMessage.SerializeToString,
-        ),
+        "OpenSession": _unary(service.OpenSession, waiting),
+        "CloseSession": _unary(close, waiting),
+        "GetStatus": _unary(status, waiting),
+        "Exchange": _stream(service.Exchange, waiting),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
 
-def _decoder(kind: type[MessageT]) -> Callable[[bytes], MessageT | None]:
-    """Decodes, or gives ``None``; streams see to that themselves."""
-
-    def decode(data: bytes) -> MessageT | None:
-        try:
-            return kind.FromString(data)
-        except DecodeError:
-            return None
-
-    return decode
-
-
 def _unary(
-    method: Callable[[Any, Any], Awaitable[Message]], kind: type[Message]
+    method: Callable[[bytes, Context], Awaitable[Message]], waiting: WaitingRoom
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    async def handle(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
-        if request is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no {kind.__name__}")
-        return await method(request, context)
+    async def handle(data: bytes, context: Context) -> None:
+        await answer(context, await method(data, context))
 
-    return grpc.unary_unary_rpc_method_handler(
-        handle,
-        request_deserializer=_decoder(kind),
-        response_serializer=lambda message: message.SerializeToString(),
+    return _stream(handle, waiting)
+
+
+def _stream(
+    method: Callable[[bytes, Context], Awaitable[None]], waiting: WaitingRoom
+) -> grpc.RpcMethodHandler[Any, Any]:
+    async def handle(_: Any, context: Context) -> None:
+        try:
+            await method(await waiting.first_message(context), context)
+        except EndOfStream as end:
+            await context.abort(end.code, str(end))
+
+    return grpc.stream_stream_rpc_method_handler(
+        handle, response_serializer=lambda message: message.SerializeToString()
     )
+
+
+def channel_options(settings: ServeSettings) -> list[tuple[str, int]]:
+    """What gRPC itself holds connections and calls to, before any of our code runs."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        # Two services must never share a port, and so each other's calls.
+        ("grpc.so_reuseport", 0),
+        # Dead peers are found within half a minute; clients may ping every five seconds.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 3),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
+        ("grpc.max_connection_idle_ms", _milliseconds(settings.connection_idle_timeout)),
+        # Above the first it refuses some, above the second all: one bound is easier to reckon with.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        # Identity alone: a compressed message may unpack to a thousand times its size.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+    ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

@@ -7,6 +7,7 @@ manifest must pass.
 
 from preconditioner_protos.chunking import Assembler, PackedBlock, Refusal, chunk_messages
 from preconditioner_protos.manifest import (
+    MAX_ENTRIES,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Layout,
@@ -18,6 +19,7 @@ from preconditioner_protos.manifest import (
 from preconditioner_protos.packing import pack, packed_length, unpack, unpacking_indices, upper_indices
 
 __all__ = [
+    "MAX_ENTRIES",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL_VERSION",
     "Assembler",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from preconditioner_protos.manifest import MAX_MESSAGE_BYTES, Layout
+from preconditioner_protos.manifest import MAX_ENTRIES, MAX_MESSAGE_BYTES, Layout
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
 Array = npt.NDArray[Any]
@@ -91,16 +91,16 @@ def chunk_messages(
     room = max_message_bytes - _MESSAGE_FRAMING
     if room <= _CHUNK_FRAMING:
         raise ValueError(f"max_message_bytes {max_message_bytes} leaves no room for a payload")
-    current, used = message(), 0
+    current, used, entries = message(), 0, 0
     for block in blocks:
         for side, packed in enumerate(block.sides):
             data = np.ascontiguousarray(packed).data.cast("B")
             crc32 = zlib.crc32(data)
             offset = 0
             while offset < len(data):
-                if room - used <= _CHUNK_FRAMING:
+                if room - used <= _CHUNK_FRAMING or entries == MAX_ENTRIES:
                     yield current
-                    current, used = message(), 0
+                    current, used, entries = message(), 0, 0
                 size = min(len(data) - offset, room - used - _CHUNK_FRAMING)
                 carrier = current if isinstance(current, pb.Chunks) else current.chunks
                 carrier.chunks.add(
@@ -113,6 +113,7 @@ def chunk_messages(
                 )
                 offset += size
                 used += size + _CHUNK_FRAMING
+                entries += 1
     if used:
         yield current
 

@@ -21,6 +21,12 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """gRPC's default limit for one message, and ours."""
 
+MAX_ENTRIES = 16384
+"""Chunks, receipts or NACKs in one message."""
+
+MAX_SIDES = 16
+"""Of one block."""
+
 JOB_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,200}")
 MAX_NAME_BYTES = 512
 
@@ -109,6 +115,10 @@ def check_manifest(manifest: pb.Manifest) -> None:
             raise ManifestError(f"{field}.ridge.value must be finite and >= 0, not {block.ridge.value}")
         if not block.sides:
             raise ManifestError(f"{field} ({block.name!r}) has no side")
+        if len(block.sides) > MAX_SIDES:
+            raise ManifestError(
+                f"{field} ({block.name!r}) has {len(block.sides)} sides, at most are {MAX_SIDES}"
+            )
         for number, side in enumerate(block.sides):
             if side.length < 1:
                 raise ManifestError(f"{field}.sides[{number}].length must be >= 1")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preconditioner_protos import PackedBlock
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board
-from preconditioner_service.sessions import budget_bytes
+from preconditioner_service.sessions import Footprint, budget_bytes
 from raw_trainer import manifest, open_request
 
 
@@ -188,7 +188,7 @@ def test_results_for_a_closed_session_are_dropped():
 
 
 def test_admission_by_budget_changes_nothing_when_refused():
-    one = budget_bytes(manifest((100, 100)))
+    one = Footprint.of(manifest((100, 100))).total
     holder = board(budget=2 * one)
     holder.open(open_request("a", manifest((100, 100))))
     old, _ = holder.open(open_request("b", manifest((100, 100))))

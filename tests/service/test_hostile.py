@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preconditioner_protos import pack
+from preconditioner_protos import MAX_ENTRIES, pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from raw_trainer import manifest, open_request, statistics
 
@@ -95,7 +95,7 @@ def test_bytes_that_are_no_message_end_a_stream(service, trainer, job, first):
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_hundred_thousand_tiny_matrices_in_one_message(service, trainer, job):
+def test_a_hundred_thousand_tiny_matrices(service, trainer, job):
     """They hold up nobody: another trainer is served meanwhile."""
     trainer.open(open_request(job, manifest((1,))))
     stream = trainer.attach()
@@ -103,7 +103,8 @@ def test_a_hundred_thousand_tiny_matrices_in_one_message(service, trainer, job):
     chunks = [
         pb.MatrixChunk(block=0, step=step, payload=one, crc32=zlib.crc32(one)) for step in range(1, 100_001)
     ]
-    stream.put(chunks=pb.Chunks(chunks=chunks))
+    for first in range(0, len(chunks), MAX_ENTRIES):
+        stream.put(chunks=pb.Chunks(chunks=chunks[first : first + MAX_ENTRIES]))
     other = service.trainer()
     other.open(open_request(job + "-other", manifest((4,))))
     quick = other.attach()
@@ -113,6 +114,23 @@ def test_a_hundred_thousand_tiny_matrices_in_one_message(service, trainer, job):
     stream.until(lambda: (0, 100_000) in stream.versions())
     other.close()
     other.channel.close()
+
+
+@pytest.mark.parametrize("kind", ["chunks", "receipts"])
+def test_too_many_entries_in_one_message_are_not_even_parsed(trainer, job, kind):
+    trainer.open(open_request(job, manifest((1,))))
+    stream = trainer.attach()
+    entries = {"chunks": pb.Chunks(chunks=[{}]), "receipts": pb.Receipts(receipts=[{}])}[kind]
+    part = pb.TrainerMessage(**{kind: entries})
+    many = pb.TrainerMessage.FromString(part.SerializeToString() * MAX_ENTRIES)
+    stream.put(**{kind: getattr(many, kind)})
+    stream.put(receipts=pb.Receipts(receipts=[{}]))
+    stream.put(
+        **{kind: getattr(pb.TrainerMessage.FromString(part.SerializeToString() * (MAX_ENTRIES + 1)), kind)}
+    )
+    stream.until(lambda: stream.ended)
+    assert stream.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(MAX_ENTRIES) in stream.details
 
 
 def test_an_unknown_method(trainer):

@@ -124,7 +124,7 @@ def test_requests_that_contradict_the_protocol(trainer, request_, named):
     [
         (manifest((2049,)), "side of 2049"),
         (manifest((2**32 - 1,)), "side of 4294967295"),
-        (manifest(*[(1,)] * 2001), "2001 blocks"),
+        (manifest(*[(1,)] * 2001), "more blocks than the 2000"),
         (manifest(*[(2048, 2048)] * 20), "bytes"),
         (manifest((4,), in_flight=2**31), "snapshots_in_flight"),
     ],
