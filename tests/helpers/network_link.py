@@ -1,11 +1,11 @@
 """What lies between a trainer and a service, to be slowed, made lossy, and cut.
 
-Three ways, the best that the machine allows (``best_link``):
+Three ways:
 
 - :class:`NamespaceLink` with tc: two network namespaces and a router between them, whose queues are netem's.
-- the same with a relay of packets in place of the router, where the kernel has no netem.
-- :class:`ProxyLink`: no right to make namespaces. A TCP proxy cannot lose packets, so loss is a stall as
-  long as a retransmission takes.
+- The same with a relay of packets in place of the router, where the kernel has no netem.
+- :class:`ProxyLink`, where there is no right to make namespaces. A TCP proxy loses no packets, so a loss is a
+  stall as long as a retransmission takes.
 
 Addresses exist only inside the namespaces, and these only for as long as the link.
 """
@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from preconditioner_worker.faults.proxy import Proxy, Shape
 from service_process import ServiceProcess
 
 TRAINER, SERVICE = "10.231.0.1", "10.231.1.1"
@@ -208,3 +209,42 @@ class NamespaceLink:
     def close(self) -> None:
         self._wire.close()
         self._spaces.remove()
+
+
+class ProxyLink:
+    """A :class:`NamespaceLink` without rights."""
+
+    kind = "TCP proxy"
+    note = None
+
+    def __init__(self) -> None:
+        self.trainer_prefix: list[str] = []
+        self._proxy: Proxy | None = None
+
+    def make_service(self) -> ServiceProcess:
+        """Not started yet."""
+        return ServiceProcess()
+
+    def reach(self, service: ServiceProcess) -> str:
+        """The address for the trainer."""
+        self._proxy = self._proxy or Proxy(service.address)
+        return self._proxy.address
+
+    def shape(self, *, round_trip: float = 0.0, loss: float = 0.0, rate: int | None = None) -> None:
+        """Both directions alike; ``rate`` in bit/s."""
+        assert self._proxy is not None
+        self._proxy.shape(Shape(delay=round_trip / 2, loss=loss, rate=rate))
+
+    def cut(self) -> None:
+        """Nothing passes, and nobody is told."""
+        assert self._proxy is not None
+        self._proxy.stall()
+
+    def heal(self) -> None:
+        """As at first."""
+        assert self._proxy is not None
+        self._proxy.heal()
+
+    def close(self) -> None:
+        if self._proxy is not None:
+            self._proxy.close()

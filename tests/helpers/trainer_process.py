@@ -58,14 +58,14 @@ class TrainerProcess:
         **staleness: Any,
     ) -> None:
         settings = {"address": address, "connection": dict(connection or {}), **staleness}
-        helpers = str(Path(__file__).parent)
+        path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-u", __file__, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": helpers, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **(environment or {})},
         )
         self.steps: list[Step] = []
         self.errors: list[str] = []
