@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from preconditioner_worker.commands import Bench, Compare, Demo, Train, Tune
+from preconditioner_worker.staleness.commands import Staleness
 
 PREFIX = "PRECONDITIONER_WORKER_"
 
@@ -56,6 +57,7 @@ class Application(BaseSettings):
     demo: CliSubCommand[Demo]
     tune: CliSubCommand[Tune]
     bench: CliSubCommand[Bench]
+    staleness: CliSubCommand[Staleness]
 
     @classmethod
     def settings_customise_sources(

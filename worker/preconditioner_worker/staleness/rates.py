@@ -1,0 +1,166 @@
+"""Learning rates: one per optimizer, tuned at N = 1 alone over a committed grid.
+
+Tuned at a quarter of the study's length, with a seed that the study does not use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+
+from preconditioner_worker.results import ResultError
+from preconditioner_worker.staleness.execution import Job, execute
+from preconditioner_worker.staleness.results import StudyRun, read, write
+from preconditioner_worker.staleness.specs import Record, RunSpec, StudySettings
+
+TUNING_SEED = 1000
+TUNING_SHARE = 4
+"""How many times shorter the runs of a tuning are."""
+
+GRIDS: Mapping[str, tuple[float, ...]] = {
+    "adamw": (3e-3, 1e-2, 2e-2, 4e-2),
+    "adagrad": (1e-2, 3e-2, 6e-2, 0.12),
+    "diagonal": (2e-2, 3.5e-2, 6e-2, 0.1),
+    "shampoo-sum-grafted": (2e-2, 3.5e-2, 6e-2, 0.1),
+    "shampoo-ema-grafted": (2e-2, 3.5e-2, 6e-2, 0.1),
+    "shampoo-sum-ungrafted": (0.03, 0.1, 0.3, 1.0),
+    "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3),
+}
+
+
+class RateTrial(Record):
+    """One run of a tuning; no loss after a divergence."""
+
+    lr: float
+    final_loss: float | None
+
+    @property
+    def score(self) -> float:
+        """The loss; infinite after a divergence."""
+        return math.inf if self.final_loss is None else self.final_loss
+
+
+class RateTuning(Record):
+    """What came of the grid of one optimizer on one task.
+
+    Attributes:
+        optimizer: a key of :data:`GRIDS`.
+        task: name.
+        steps: of each run.
+        seed: of weights and batches.
+        trials: in the order of the grid.
+    """
+
+    optimizer: str
+    task: str
+    steps: int
+    seed: int
+    trials: tuple[RateTrial, ...]
+
+    @property
+    def best(self) -> float:
+        """The learning rate with the lowest final loss.
+
+        Raises:
+            ResultError: all diverged.
+        """
+        best = min(self.trials, key=lambda trial: trial.score)
+        if best.final_loss is None:
+            raise ResultError(f"every learning rate of {self.optimizer} on {self.task} diverged")
+        return best.lr
+
+
+def committed_path(task: str, optimizer: str) -> Path:
+    """Where the package keeps a tuning."""
+    folder = Path(str(resources.files("preconditioner_worker"))) / "staleness" / "tuned"
+    return folder / f"{task}-{optimizer}.json"
+
+
+def rate(task: str, spec: RunSpec) -> float:
+    """The tuned learning rate of a run.
+
+    Raises:
+        ResultError: its optimizer was not tuned on this task.
+    """
+    path = committed_path(task, spec.tuned_as)
+    if not path.exists():
+        raise ResultError(
+            f"no learning rate of {spec.tuned_as!r} is tuned on the task {task!r}: first run "
+            f"'preconditioner-worker staleness tune --task {task} --optimizers {spec.tuned_as}'"
+        )
+    return read(path, RateTuning).best
+
+
+def tuning_spec(optimizer: str) -> RunSpec:
+    """The run that is tuned: of a Shampoo the published arm at N = 1."""
+    if not optimizer.startswith("shampoo-"):
+        return RunSpec.model_validate(
+            {"method": optimizer, "grafting": True if optimizer == "diagonal" else None, "seed": TUNING_SEED}
+        )
+    _, statistics, grafting = optimizer.split("-")
+    return RunSpec.model_validate(
+        {
+            "method": "A",
+            "n": 1,
+            "statistics": statistics,
+            "grafting": grafting == "grafted",
+            "seed": TUNING_SEED,
+        }
+    )
+
+
+def shortened(settings: StudySettings) -> StudySettings:
+    """Settings of a tuning's runs: everything that is counted in steps shrinks alike."""
+    steps = max(1, settings.steps // TUNING_SHARE)
+    return settings.model_copy(
+        update={
+            "steps": steps,
+            "evaluate_every": steps,
+            "drift_every": steps + 1,
+            "blend_steps": settings.blend_steps // TUNING_SHARE,
+        }
+    )
+
+
+def tune(
+    optimizers: Sequence[str],
+    settings: StudySettings,
+    folder: Path | None,
+    *,
+    processes: int,
+    console: Console,
+) -> list[RateTuning]:
+    """Run the grids of some optimizers and keep what came of them.
+
+    Args:
+        optimizers: keys of :data:`GRIDS`.
+        settings: of the study; runs are shortened.
+        folder: for the results; None: the package's own.
+        processes: runs at a time.
+        console: where progress is shown.
+    """
+    short = shortened(settings)
+    jobs = [Job(tuning_spec(optimizer), lr) for optimizer in optimizers for lr in GRIDS[optimizer]]
+    runs: dict[tuple[str, float], StudyRun] = {}
+
+    def keep(run: StudyRun) -> None:
+        runs[run.spec.tuned_as, run.lr] = run
+
+    execute(jobs, short, processes=processes, console=console, done=keep)
+    found = []
+    for optimizer in optimizers:
+        trials = tuple(
+            RateTrial(lr=lr, final_loss=None if (run := runs[optimizer, lr]).diverged else run.final_loss)
+            for lr in GRIDS[optimizer]
+        )
+        tuning = RateTuning(
+            optimizer=optimizer, task=settings.task, steps=short.steps, seed=TUNING_SEED, trials=trials
+        )
+        path = committed_path(settings.task, optimizer)
+        write(path if folder is None else folder / path.name, tuning)
+        found.append(tuning)
+    return found

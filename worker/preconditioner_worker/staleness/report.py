@@ -1,0 +1,162 @@
+"""The report of a study: Markdown and JSON, from its files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from preconditioner_worker.staleness.analysis import Analysis, Part, Row, analyse
+from preconditioner_worker.staleness.criteria import STEPS_RATIO
+from preconditioner_worker.staleness.pictures import NAMES, draw_all
+from preconditioner_worker.staleness.real import REAL_FILE, RealComparison
+from preconditioner_worker.staleness.results import Study, read, write
+
+Cells = Sequence[str]
+
+
+def report(folder: Path, output: Path | None = None) -> tuple[Analysis, Path]:
+    """Write ``report.md``, ``analysis.json`` and the pictures.
+
+    Args:
+        folder: of the study.
+        output: where to; None: the same folder.
+
+    Returns:
+        The analysis and the path of the Markdown.
+
+    Raises:
+        ResultError: the folder holds no study, or runs that do not belong together.
+    """
+    output = output or folder
+    runs = Study(folder).runs()
+    analysis = analyse(runs)
+    real = read(folder / REAL_FILE, RealComparison) if (folder / REAL_FILE).exists() else None
+    write(output / "analysis.json", analysis)
+    pictures = draw_all(analysis, runs, output)
+    path = output / "report.md"
+    path.write_text(markdown(analysis, [picture.name for picture in pictures], real))
+    return analysis, path
+
+
+def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison | None) -> str:
+    """The report as text."""
+    settings = analysis.fingerprint.settings
+    lines = ["# Staleness of preconditioners: what the runs say", ""]
+    if analysis.missing:
+        lines += [f"**This is a reduced run.** Of the full study it lacks {'; '.join(analysis.missing)}.", ""]
+    lines += [
+        f"Task: {settings.task}, {analysis.parameters} parameters, {analysis.blocks} preconditioned blocks. "
+        f"{analysis.runs} runs of {settings.steps} steps in virtual time: roots in process, float64, delays "
+        f"exact in steps. Measured: {analysis.metric}. Shampoo as published: AdaGrad grafting, exponent -1/4 "
+        "per side of a matrix (-1/2 where the vocabulary is the other side), momentum "
+        f"{settings.momentum}, directions blended in over {settings.blend_steps} steps from a block's first "
+        "version on. One learning rate per optimizer, tuned at N = 1 alone.",
+        "",
+        "All differences are paired by seed with N = 1 of the same arm. *Holds*: the 90% interval lies "
+        "inside of the margin, min(0.02 nats, 10% of the gap); the median of steps to the target (the "
+        f"grafted diagonal's final loss) grows by at most {STEPS_RATIO - 1:.0%}; nothing diverged. The "
+        "criteria were fixed in code before the runs. *Fresh, but late* has its first preconditioner when "
+        "A(N) with the largest N has, and fresh ones from then on: what the late beginning costs alone. "
+        "*Drift* is the median of ||P_stale - P_fresh|| / ||P_fresh|| over the second half of training.",
+        "",
+    ]
+    for part in analysis.parts:
+        lines += _part(part, settings.steps)
+    lines += ["## Without Shampoo", ""]
+    lines += _table(
+        ("optimizer", "seeds", "learning rate", "final loss", "deviation"),
+        [
+            (NAMES[row.method], str(row.seeds), f"{row.lr:g}", _loss(row.final_loss), _loss(row.deviation))
+            for row in analysis.optimizers
+        ],
+    )
+    if real is not None:
+        lines += ["## Through the service", "", real.describe(), ""]
+    lines += ["## Pictures", "", *(f"![{name.removesuffix('.png')}]({name})" for name in pictures), ""]
+    fingerprint = analysis.fingerprint
+    lines += [
+        f"Code {fingerprint.code}, torch {fingerprint.torch}, NumPy {fingerprint.numpy}, {fingerprint.cpu}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def headline(part: Part) -> str:
+    """The verdict on an arm in one sentence."""
+    grafting = "with" if part.grafting else "without"
+    name = f"{part.kind.value}(N), {part.statistics} statistics, {grafting} grafting"
+    if part.void:
+        return f"{name}: the task is void: {'; '.join(part.void)}"
+    if part.largest_that_holds is None:
+        return f"{name}: no N > 1 holds"
+    return f"{name}: the largest N that holds is {part.largest_that_holds}"
+
+
+def _part(part: Part, steps: int) -> list[str]:
+    kind = part.kind.value
+    lines = [f"## {headline(part)}", ""]
+    if part.gap is not None:
+        lines += [
+            f"Gap from the grafted diagonal to {kind}(1): {part.gap:.4f} "
+            f"[{_loss(part.gap_low)}, {_loss(part.gap_high)}]; margin ±{part.margin:.4f}. "
+            + (
+                f"Void: {'; '.join(part.void)}."
+                if part.void
+                else "The task is valid: both negative controls fail."
+            ),
+            "",
+        ]
+    rows = [*part.rows, *part.controls]
+    lines += _table(
+        ("condition", "N/T", "ages", "seeds", "final loss", "difference", "90% interval", "steps to target",
+         "ratio", "drift", "verdict", ""),
+        [_cells(row, kind, steps) for row in rows],
+    )  # fmt: skip
+    return lines
+
+
+def _cells(row: Row, kind: str, steps: int) -> Cells:
+    own = row.method == kind
+    compared = row.difference is not None
+    return (
+        f"{kind}({row.n})" if own else NAMES[row.method],
+        f"{(row.n or 0) / steps:.2%}" if own else "",
+        ""
+        if row.youngest is None
+        else f"{row.youngest}–{row.oldest}" + ("" if row.ages_as_planned or not own else " (!)"),
+        str(row.seeds) if not row.diverged else f"{row.seeds} ({row.diverged} diverged)",
+        _loss(row.final_loss),
+        _signed(row.difference) if compared else "",
+        f"[{_signed(row.low)}, {_signed(row.high)}]" if compared else "",
+        _count(row.steps_to_target),
+        ""
+        if row.steps_ratio is None
+        else ("never" if math.isinf(row.steps_ratio) else f"{row.steps_ratio:.3f}"),
+        "" if row.drift is None else f"{row.drift:.2e}",
+        "" if row.verdict is None else f"**{row.verdict.value}**",
+        row.reason,
+    )
+
+
+def _table(header: Cells, rows: Sequence[Cells]) -> list[str]:
+    lines = [_line(header), _line(["---"] * len(header))]
+    return [*lines, *(_line(row) for row in rows), ""]
+
+
+def _line(cells: Cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}"
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "never" if math.isinf(value) else f"{value:g}"
