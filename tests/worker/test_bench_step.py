@@ -6,11 +6,15 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
-from preconditioner_worker.bench_step import FrozenExchange, gpt2_parameters, launches_of
+from preconditioner_worker import bench_step, step_timing
+from preconditioner_worker.bench_step import FrozenExchange
 from preconditioner_worker.cli import main
+from preconditioner_worker.gpt2 import GPT2
+from preconditioner_worker.step_timing import launches_of
 
 
 def launches(matrices, exchange, refresh_every):
@@ -34,27 +38,74 @@ def test_an_ordinary_step_launches_the_same_for_four_times_the_blocks():
     assert many == few
 
 
-def test_shapes_are_those_of_gpt2_small():
-    parameters = gpt2_parameters(1 / 64, 12, torch.device("cpu"))
-    assert len(parameters) == 2 + 12 * 12 + 2
-    assert sum(p.ndim == 2 for p in parameters) == 2 + 12 * 4
+def test_the_model_is_gpt2_small():
+    with torch.device("meta"):
+        whole = GPT2()
+    assert sum(p.numel() for p in whole.parameters()) == 124_439_808
+    small = GPT2(1 / 64, layers=2)
+    assert [p.shape for p in small.parameters() if p.ndim == 2][:3] == [(785, 12), (16, 12), (36, 12)]
+    tokens = small.random_batch(3)
+    assert small(tokens[:, :-1]).shape == (3, 16, 785)
+
+
+def test_a_position_sees_only_what_stands_before_it():
+    torch.manual_seed(0)
+    model = GPT2(1 / 64, layers=2)
+    tokens = model.random_batch(1)[:, :-1]
+    other = tokens.clone()
+    other[:, 9:] = 0
+    assert torch.equal(model(tokens)[:, :9], model(other)[:, :9])
+    assert not torch.equal(model(tokens)[:, 9], model(other)[:, 9])
+
+
+NAMES = ["AdamW (foreach)", "Shampoo, frozen", "Shampoo, asynchronous", "Shampoo, synchronous"]
 
 
 @pytest.mark.timeout(120)
 def test_the_command_times_all_contenders(tmp_path, capsys):
     target = tmp_path / "step.json"
-    command = "bench step --scale 0.03 --layers 1 --steps 8 --refresh-every 2 --json"
+    command = "bench step --scale 0.03 --layers 1 --block-size 64 --steps 8 --refresh-every 2 --json"
     main([*command.split(), str(target)])
     result = json.loads(target.read_text())
-    assert [cost["name"] for cost in result["costs"]] == [
-        "AdamW (foreach)",
-        "Shampoo, frozen",
-        "Shampoo, asynchronous",
-        "Shampoo, synchronous",
-    ]
+    assert [cost["name"] for cost in result["costs"]] == NAMES
+    assert result["batch_size"] is None
     assert result["costs"][3]["versions_adopted"] > 0
     assert all(cost["median_ms"] > 0 and cost["launches"] > 0 for cost in result["costs"])
     assert "optimizer.step()" in capsys.readouterr().out
+
+
+def test_the_whole_training_step(tmp_path, capsys):
+    result = bench_step.benchmark(
+        scale=0.03,
+        layers=1,
+        batch_size=2,
+        steps=8,
+        block_size=64,
+        refresh_every=2,
+        device="cpu",
+        service=LocalExchange(2),
+        profile_file=tmp_path / "profile.txt",
+    )
+    assert [cost.name for cost in result.costs] == NAMES
+    assert all(cost.median_ms > 0 for cost in result.costs)
+    assert [cost.versions_adopted > 0 for cost in result.costs] == [False, False, True, True]
+    Console().print(bench_step.table(result))
+    assert "training step, batches of 2 sequences" in capsys.readouterr().out
+    assert "aten::bmm" in (tmp_path / "profile.txt").read_text()
+
+
+def test_a_service_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(step_timing, "FIRST_VERSIONS_TIMEOUT", 0.0)
+    silent = LocalExchange(delay=10**6)
+    with pytest.raises(TimeoutError, match="only 0 of"):
+        bench_step.measure(
+            "silent",
+            lambda model: Shampoo(model.parameters(), service=silent),
+            GPT2(1 / 64, layers=1),
+            batch_size=None,
+            steps=1,
+            interval=1,
+        )
 
 
 def test_a_local_exchange_is_one_too():

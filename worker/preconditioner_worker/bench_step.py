@@ -1,9 +1,8 @@
-"""What a step of the optimizer alone costs, for parameters shaped as those of GPT-2 small."""
+"""What a step costs on GPT-2 small or a scaled one: of the optimizer alone, or the whole training step."""
 
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
-from torch import nn
 from torch.optim import Optimizer
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from preconditioner_client import (
     Arrival,
@@ -26,21 +24,11 @@ from preconditioner_client import (
     Shampoo,
     Snapshot,
     StalenessConfig,
-    StalePolicy,
 )
+from preconditioner_worker.gpt2 import GPT2
+from preconditioner_worker.step_timing import StepTimer, launches_of
 
-LAYERS, WIDTH, VOCABULARY, CONTEXT = 12, 768, 50257, 1024
-
-# Operators that only describe memory anew: nothing is launched for them.
-VIEWS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "view", "reshape", "_reshape_alias", "slice", "select", "as_strided", "unbind", "movedim", "permute",
-        "flatten", "transpose", "t", "mT", "detach", "expand", "unsqueeze", "squeeze", "alias", "view_as",
-        "lift_fresh", "empty", "empty_like", "empty_strided", "resolve_conj", "resolve_neg", "item",
-        "_local_scalar_dense", "is_nonzero", "broadcast_tensors",
-    )
-)  # fmt: skip
+ASYNCHRONOUS = "Shampoo, asynchronous"
 
 
 class StepCost(BaseModel):
@@ -48,10 +36,11 @@ class StepCost(BaseModel):
 
     Attributes:
         name: which.
-        median_ms: of ``optimizer.step()``.
-        p99_ms: of ``optimizer.step()``.
-        launches: operators of one step that do work, a foreach operator counted once.
-        versions_adopted: preconditioners that arrived meanwhile.
+        median_ms: of a step.
+        p99_ms: of a step.
+        launches: operators of an ``optimizer.step()`` that do work, a foreach operator counted once; the mean
+            over a refresh interval.
+        versions_adopted: preconditioners that were taken into use in the steps that were timed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,7 +53,11 @@ class StepCost(BaseModel):
 
 
 class StepBenchmark(BaseModel):
-    """The result as JSON."""
+    """The result as JSON.
+
+    Attributes:
+        batch_size: sequences of a training step; None if ``optimizer.step()`` alone was timed.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -74,6 +67,7 @@ class StepBenchmark(BaseModel):
     scale: float
     layers: int
     parameters: int
+    batch_size: int | None
     steps: int
     block_size: int
     refresh_every: int
@@ -120,120 +114,123 @@ class FrozenExchange:
         """See ``Exchange``."""
 
 
-def gpt2_parameters(scale: float, layers: int, device: torch.device) -> list[nn.Parameter]:
-    """GPT-2 small's parameters with width, vocabulary and context times ``scale``, random."""
-    width, vocabulary = max(8, round(WIDTH * scale)), max(8, round(VOCABULARY * scale))
-    shapes: list[tuple[int, ...]] = [(vocabulary, width), (max(8, round(CONTEXT * scale)), width)]
-    for _ in range(layers):
-        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
-        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    shapes += [(width,), (width,)]
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes]
-
-
-def launches_of(optimizer: Optimizer) -> int:
-    """Operators of one step that do work, a foreach operator counted once whatever it is made of."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        optimizer.step()
-    return sum(
-        event.name.startswith("aten::")
-        and event.name not in VIEWS
-        # A conversion to what a tensor is already does nothing.
-        and (event.name != "aten::to" or bool(event.cpu_children))
-        and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
-        for event in recorded.events()
-    )
-
-
 def measure(
     name: str,
-    build: Callable[[list[nn.Parameter]], Optimizer],
-    parameters: list[nn.Parameter],
+    build: Callable[[GPT2], Optimizer],
+    model: GPT2,
+    *,
+    batch_size: int | None,
     steps: int,
-    warm_up: int,
+    interval: int,
+    profile_file: Path | None = None,
 ) -> StepCost:
-    """Time ``steps`` steps after ``warm_up`` others, with new gradients every step."""
-    optimizer = build(parameters)
-    device = parameters[0].device
-    generator = torch.Generator(device=device).manual_seed(1)
-    seconds = []
+    """Time ``steps`` steps, after three intervals and until every block has a preconditioner.
+
+    Args:
+        name: of the contender.
+        build: makes its optimizer.
+        model: with parameters that no other contender has changed.
+        batch_size: as for :class:`StepTimer`.
+        steps: that are timed.
+        interval: steps between snapshots of a block.
+        profile_file: where to write which operators take the time of some more steps.
+    """
+    timer = StepTimer(build, model, batch_size)
     try:
-        for step in range(warm_up + steps):
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter).normal_(generator=generator)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if step >= warm_up:
-                seconds.append(time.perf_counter() - began)
-        launches = launches_of(optimizer)
-        adopted = optimizer.metrics()["versions_adopted"] if isinstance(optimizer, Shampoo) else 0
+        timer.warm_up(3 * interval)
+        before = timer.versions_adopted()
+        times = timer.times(steps)
+        adopted = timer.versions_adopted() - before
+        launches = np.mean([launches_of(timer.optimizer) for _ in range(interval)])
+        if profile_file is not None:
+            with profile() as recorded:
+                timer.times(10)
+            profile_file.parent.mkdir(parents=True, exist_ok=True)
+            busiest = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            profile_file.write_text(recorded.key_averages().table(sort_by=busiest, row_limit=30) + "\n")
     finally:
-        if isinstance(optimizer, Shampoo):
-            optimizer.close()
-    median, p99 = np.percentile(np.asarray(seconds) * 1e3, [50, 99])
+        timer.close()
+    median, p99 = np.percentile(np.asarray(times), [50, 99])
     return StepCost(
         name=name,
         median_ms=round(float(median), 3),
         p99_ms=round(float(p99), 3),
-        launches=launches,
+        launches=round(float(launches)),
         versions_adopted=adopted,
     )
 
 
 def benchmark(
-    *, scale: float, layers: int, steps: int, block_size: int, refresh_every: int, device: str, service: str
+    *,
+    scale: float,
+    layers: int,
+    batch_size: int | None,
+    steps: int,
+    block_size: int,
+    refresh_every: int,
+    device: str,
+    service: str | Exchange,
+    profile_file: Path | None = None,
 ) -> StepBenchmark:
     """Run all contenders one after the other, at equal hyperparameters.
 
     Args:
-        scale: of width, vocabulary and context.
+        scale: of the model, see :class:`GPT2`.
         layers: of the model.
+        batch_size: as for :class:`StepTimer`.
         steps: that are timed.
         block_size: largest side of a block.
         refresh_every: steps between snapshots of a block.
         device: of the parameters.
-        service: of the asynchronous contender, ``embedded`` or ``host:port``.
+        service: of the asynchronous contender, as for ``Shampoo``.
+        profile_file: where to write which operators take the time of the asynchronous contender.
+
+    Raises:
+        TimeoutError: the service computes too slowly to begin.
     """
 
-    def shampoo(exchange: str | Exchange) -> Callable[[list[nn.Parameter]], Optimizer]:
-        return lambda params: Shampoo(
-            params,
+    def shampoo(exchange: str | Exchange) -> Callable[[GPT2], Optimizer]:
+        return lambda model: Shampoo(
+            model.named_parameters(),
             lr=1e-3,
             weight_decay=0.1,
             grafting=GraftingConfig(beta2=0.99),
             blocking=BlockingConfig(block_size=block_size, max_side=8 * block_size),
-            staleness=StalenessConfig(
-                max_staleness=1_000_000, refresh_every=refresh_every, policy=StalePolicy.KEEP
-            ),
+            staleness=StalenessConfig(max_staleness=1_000_000, refresh_every=refresh_every, policy="keep"),
             service=exchange,
         )
 
-    contenders: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-        "AdamW (foreach)": lambda params: torch.optim.AdamW(
-            params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, foreach=True
+    contenders: dict[str, Callable[[GPT2], Optimizer]] = {
+        "AdamW (foreach)": lambda model: torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, foreach=True
         ),
         "Shampoo, frozen": shampoo(FrozenExchange()),
-        "Shampoo, asynchronous": shampoo(service),
+        ASYNCHRONOUS: shampoo(service),
         "Shampoo, synchronous": shampoo(LocalExchange(0)),
     }
     place = torch.device(device)
-    warm_up = 3 * refresh_every
-    costs = [
-        measure(name, build, gpt2_parameters(scale, layers, place), steps, warm_up)
-        for name, build in contenders.items()
-    ]
+    costs = []
+    for name, build in contenders.items():
+        torch.manual_seed(0)
+        model = GPT2(scale, layers).to(place)
+        cost = measure(
+            name,
+            build,
+            model,
+            batch_size=batch_size,
+            steps=steps,
+            interval=refresh_every,
+            profile_file=profile_file if name == ASYNCHRONOUS else None,
+        )
+        costs.append(cost)
     return StepBenchmark(
         machine=torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU",
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),
         scale=scale,
         layers=layers,
-        parameters=sum(p.numel() for p in gpt2_parameters(scale, layers, torch.device("cpu"))),
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch_size=batch_size,
         steps=steps,
         block_size=block_size,
         refresh_every=refresh_every,
@@ -243,7 +240,9 @@ def benchmark(
 
 def table(result: StepBenchmark) -> Table:
     """For people; ratios are to AdamW."""
-    shown = Table(title=f"optimizer.step(), {result.parameters / 1e6:.1f} M parameters, milliseconds")
+    whole = f"training step, batches of {result.batch_size} sequences"
+    what = "optimizer.step()" if result.batch_size is None else whole
+    shown = Table(title=f"{what}, {result.parameters / 1e6:.1f} M parameters, milliseconds")
     for column in ("", "median", "ratio", "p99", "ratio", "launches", "adopted"):
         shown.add_column(column, justify="left" if not column else "right")
     first = result.costs[0]

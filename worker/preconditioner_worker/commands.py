@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from pydantic_settings import CliApp, CliSubCommand
 from rich.console import Console
 
-from preconditioner_worker import bench_step
+from preconditioner_worker import bench_step, gpt2
 from preconditioner_worker.demo import demonstrate
 from preconditioner_worker.experiments import RUNS, conclude, horizon, run_all, settle
 from preconditioner_worker.grids import GRIDS
@@ -231,7 +231,7 @@ class Tune(Command):
 
 
 class BenchStep(BaseModel):
-    """Time optimizer.step() alone, on parameters shaped as GPT-2 small's, against AdamW."""
+    """Time optimizer.step() alone, or the whole training step, on GPT-2 small's shapes, against AdamW."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
@@ -239,8 +239,10 @@ class BenchStep(BaseModel):
 
     scale: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of width, vocabulary and context; 1 is GPT-2 small itself."""
-    layers: PositiveInt = bench_step.LAYERS
+    layers: PositiveInt = gpt2.LAYERS
     """Of the model."""
+    batch_size: PositiveInt | None = None
+    """Sequences: time the whole training step, under bfloat16 autocast. Default: the optimizer's step alone."""
     steps: PositiveInt = 100
     """Steps that are timed."""
     block_size: PositiveInt = 1024
@@ -255,6 +257,8 @@ class BenchStep(BaseModel):
     """Of the asynchronous contender: embedded or host:port."""
     json_file: Annotated[Path | None, Field(alias="json")] = None
     """Write the result to this file."""
+    profile_file: Annotated[Path | None, Field(alias="profile")] = None
+    """Write to this file which operators take the asynchronous contender's time."""
 
     def cli_cmd(self) -> None:
         """Measure, print, save."""
@@ -262,11 +266,13 @@ class BenchStep(BaseModel):
         result = bench_step.benchmark(
             scale=self.scale,
             layers=self.layers,
+            batch_size=self.batch_size,
             steps=self.steps,
             block_size=self.block_size,
             refresh_every=self.refresh_every,
             device=self.device,
             service=self.service,
+            profile_file=self.profile_file,
         )
         Console().print(bench_step.table(result))
         if self.json_file is not None:
