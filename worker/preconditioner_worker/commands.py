@@ -242,7 +242,7 @@ class BenchStep(BaseModel):
     layers: PositiveInt = gpt2.LAYERS
     """Of the model."""
     batch_size: PositiveInt | None = None
-    """Sequences: time the whole training step, under bfloat16 autocast. Default: the optimizer's step alone."""
+    """Sequences: time whole training steps, under bfloat16 autocast. Default: the optimizer's steps alone."""
     steps: PositiveInt = 100
     """Steps that are timed."""
     block_size: PositiveInt = 1024
