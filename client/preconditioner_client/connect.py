@@ -40,6 +40,12 @@ def history_of(exchange: Exchange) -> TrainerHistory | None:
     return history if isinstance(history, TrainerHistory) else None
 
 
+def newest_epoch(exchange: Exchange, job: str) -> int:
+    """The largest epoch that an earlier life of the job had, as far as the service knows; else 0."""
+    known = getattr(exchange, "newest_epoch", None)
+    return 0 if known is None else int(known(job))
+
+
 def _default_job() -> str:
     host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100]
     return f"{host}-{os.getpid()}-{next(_numbers)}"

@@ -183,13 +183,13 @@ def check_version(status: pb.GetStatusResponse, address: str) -> None:
         )
 
 
-def preflight(config: ServiceConfig) -> bool:
+def preflight(config: ServiceConfig) -> pb.GetStatusResponse | None:
     """Look whether the configured service is there and would take us, before the training begins.
 
     Blocks for at most about ``config.connect_timeout``, and holds nothing open afterwards.
 
     Returns:
-        False, with one warning logged, if the service cannot be reached now.
+        The service's answer; None, with one warning logged, if it cannot be reached now.
 
     Raises:
         ExchangeError: wrong token, wrong protocol version, TLS on one side only, not such a service at all.
@@ -212,9 +212,9 @@ def preflight(config: ServiceConfig) -> bool:
             if mismatch is not None:
                 raise ExchangeError(mismatch) from None
             warn_unreachable(failure.message)
-            return False
+            return None
     check_version(status, config.address)
-    return True
+    return status
 
 
 def warn_unreachable(reason: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from preconditioner_client.agreement import Described, agree
 from preconditioner_client.config import Grafting, GraftingConfig, StalenessConfig
-from preconditioner_client.connect import history_of, make_exchange
+from preconditioner_client.connect import history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
 from preconditioner_client.gradients import check_finite, named, not_finite
@@ -60,8 +60,9 @@ class Engine:
         self.ranks = Ranks()
         self.refresher = Refresher(staleness, [], self._snapshots, self._adopt)
         self.step = 0
-        self.epoch = time.time_ns() // 1000
         self._raw_exchange, self._job = make_exchange(service, job)
+        # Larger than any before, also where the clock was set back meanwhile.
+        self.epoch = max(time.time_ns() // 1000, newest_epoch(self._raw_exchange, self._job) + 1)
         self._history = self.refresher.history = history_of(self._raw_exchange)
         self._step_began = 0.0
         self._waited_before = 0.0

@@ -45,11 +45,14 @@ class ServiceExchange:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
+        self._epochs: dict[str, int] = {}
         reachable = True
         if config.embedded:
             check_installed()
         else:
-            reachable = preflight(config)
+            status = preflight(config)
+            reachable = status is not None
+            self._epochs = {} if status is None else {job.job: job.epoch for job in status.jobs}
         self.history: TrainerHistory | None = None
         if config.history_file is not None:
             recorder = HistoryRecorder(config.history_file, "trainer", config.history_matrices)
@@ -59,6 +62,10 @@ class ServiceExchange:
         self._warned = not reachable
         self._closed = False
         self._owner: int | None = None
+
+    def newest_epoch(self, job: str) -> int:
+        """The largest epoch of a job that the service knew of at construction; 0 if it knew of none."""
+        return self._epochs.get(job, 0)
 
     @property
     def generation(self) -> int:

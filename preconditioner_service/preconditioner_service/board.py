@@ -233,8 +233,8 @@ class Board:
             self.history.held(self.sessions, self._budget_bytes)
 
     def status(self) -> Iterator[pb.JobStatus]:
-        """What GetStatus says of every job."""
-        for job in self._jobs.values():
+        """What GetStatus says of every job; those without a session are known by their fence alone."""
+        for job in (*self._jobs.values(), *self._fences.values()):
             sessions = job.sessions.values()
             yield pb.JobStatus(
                 job=job.name,
