@@ -154,8 +154,8 @@ class Outbox:
             outdated: the service has one that is not older.
 
         Returns:
-            True if there is no news in it: the snapshot was accepted before in truth, and only its receipt was
-            lost with a stream; or it was answered before.
+            True if there is no news in it: the snapshot was accepted before in truth, and only its receipt
+            was lost with a stream; or it was answered before.
         """
         if outdated and (block, step) in self._uncertain:
             self.acknowledged(block, step)

@@ -116,6 +116,7 @@ class FakeFront(rpc.PreconditionerServiceServicer):
     def __init__(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> None:
         self.token: str | None = None
         self.protocol_version = 1
+        self.jobs: list[pb.JobStatus] = []
         self.open_error: tuple[grpc.StatusCode, str] | None = None
         self.attach_error: tuple[grpc.StatusCode, str] | None = None
         self.mute = False  # accepts Attach and never answers it
@@ -166,7 +167,9 @@ class FakeFront(rpc.PreconditionerServiceServicer):
     def GetStatus(self, request, context):
         self._authenticate(context)
         version = self.protocol_version
-        return pb.GetStatusResponse(protocol_version_min=version, protocol_version_max=version)
+        return pb.GetStatusResponse(
+            protocol_version_min=version, protocol_version_max=version, jobs=self.jobs
+        )
 
     def OpenSession(self, request, context):
         self._authenticate(context)

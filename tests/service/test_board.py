@@ -174,6 +174,15 @@ def test_a_larger_epoch_fences_every_rank_of_its_job_alone():
     holder.open(open_request("job", manifest((2,)), epoch=2))
 
 
+def test_the_epoch_of_a_job_without_sessions_is_still_told():
+    """A trainer that starts takes a larger one, whatever its clock says."""
+    jobs = board()
+    session, _ = jobs.open(open_request("job", manifest((3,)), epoch=7))
+    jobs.close(session, "over")
+    (status,) = jobs.status()
+    assert (status.job, status.epoch, status.ranks) == ("job", 7, 0)
+
+
 def test_results_for_a_closed_session_are_dropped():
     holder = board()
     session, _ = holder.open(open_request("job", manifest((2,))))
