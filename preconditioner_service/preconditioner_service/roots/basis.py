@@ -55,4 +55,4 @@ def eigenbasis(matrix: ArrayLike) -> Eigenbasis:
     first_N = (magnitude_NN >= _NEARLY_LARGEST * magnitude_NN.max(axis=1, keepdims=True)).argmax(axis=1)
     rows_NN *= np.copysign(1.0, rows_NN[np.arange(n), first_N])[:, None]
     with np.errstate(over="ignore"):
-        return Eigenbasis(np.ldexp(values_N, int(prepared.exponent_B[0])), rows_NN.T)
+        return Eigenbasis(np.ldexp(values_N, prepared.exponents[0]), rows_NN.T)

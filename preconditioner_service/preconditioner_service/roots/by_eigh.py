@@ -7,20 +7,23 @@ product.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from . import refinement, spectrum
-from .conditioning import Conditioning, Floats, condition
+from .conditioning import Conditioning, Floats
 from .errors import IndefiniteError, ResidualError, RootError
 from .inputs import Prepared, rounding_level
 from .order import Order
-from .solution import Solution, escalated, failure
-from .triangles import mirror_upper
-from .verification import default_bound, multiply, probes, residuals
+from .solution import Solution, escalated, failure, restore
+from .triangles import FULL_UP_TO
+from .verification import default_bound, multiply, probes, project, residuals
 from .workspace import scratch
-
-_BATCHED_UP_TO = 128
 
 
 def solve(
@@ -32,8 +35,11 @@ def solve(
 ) -> tuple[Floats, list[Solution | RootError]]:
     """Return verified roots of the scaled matrices, (b, n, n), and for each how it came about or its error.
 
-    The roots are scratch memory, valid until this thread calls again.
+    The roots are scratch memory, valid until this thread calls again; beyond `FULL_UP_TO` rows only their
+    upper triangles are.
     """
+    # What is one number a matrix stays a Python float: after a decomposition the interpreter has left the
+    # caches, and a numpy call costs as much as a pass over a matrix of 100 rows.
     count, n = prepared.scaled_BNN.shape[:2]
     outcomes: list[Solution | RootError | None] = [None] * count
     values_BN = np.empty((count, n))
@@ -45,132 +51,152 @@ def solve(
         except np.linalg.LinAlgError as error:
             outcomes[i] = ResidualError(f"{error}; drop this snapshot, the next one will differ")
             values_BN[i] = 1.0
-    largest_B = np.maximum(values_BN[:, -1], 0.0)
-    allowed_B = rounding_level(n, prepared.eps) * np.maximum(largest_B, -values_BN[:, 0])
-    indefinite_B = values_BN[:, 0] < -allowed_B
-    for i in np.flatnonzero(indefinite_B) if indefinite_B.any() else ():
-        unit = float(np.ldexp(1.0, int(prepared.exponent_B[i])))
-        outcomes[i] = IndefiniteError(
-            f"eigenvalue {values_BN[i, 0] * unit:.3g} is negative beyond rounding, which explains "
-            f"{-allowed_B[i] * unit:.3g} beside the largest, {largest_B[i] * unit:.3g}; "
-            f"statistics are sums of G G^T, so look at how these were made"
-        )
-    mean_B = np.maximum(np.add.reduce(values_BN, axis=1) / n, 0.0)
-    level_B = conditioning.level(largest_B, mean_B, prepared.exponent_B)
+    levels: list[float] = []
+    sums = np.add.reduce(values_BN, axis=1).tolist()
+    for i, (exponent, total) in enumerate(zip(prepared.exponents, sums, strict=True)):
+        smallest, largest = values_BN.item(i, 0), max(values_BN.item(i, n - 1), 0.0)
+        allowed = rounding_level(n, prepared.eps) * max(largest, -smallest)
+        if smallest < -allowed:
+            outcomes[i] = _indefinite(smallest, largest, allowed, exponent)
+        levels.append(conditioning.level(largest, max(total / n, 0.0), exponent))
 
-    roots_BNN = scratch("roots", count, n)
+    decomposed = _Decomposed(prepared.scaled_BNN, values_BN, vectors_BNN, scratch("roots", count, n))
     pending = [i for i in range(count) if outcomes[i] is None]
     for retry in range(retries + 1):
         if not pending:
             break
-        tried_B = escalated(level_B[pending], largest_B[pending], n, retry)
-        if len(pending) == count:
-            attempt = _Attempt(prepared.scaled_BNN, values_BN, vectors_BNN, roots_BNN)
-        else:
-            attempt = _Attempt(
-                prepared.scaled_BNN[pending],
-                values_BN[pending],
-                vectors_BNN[pending],
-                np.empty((len(pending), n, n)),
-            )
-        attempt.run(tried_B, conditioning.truncates, order, residual_bound)
-        if attempt.root_BNN is not roots_BNN:
-            roots_BNN[pending] = attempt.root_BNN
-        figures = zip(
-            pending,
-            values_BN[pending, 0].tolist(),
-            largest_B[pending].tolist(),
-            attempt.condition_B.tolist(),
-            tried_B.tolist(),
-            attempt.rank_B.tolist(),
-            attempt.residual_B.tolist(),
-            attempt.bound_B.tolist(),
-            strict=True,
-        )
-        for i, smallest, largest, conditioned, level, rank, residual, bound in figures:
-            if residual <= bound:
-                outcomes[i] = Solution(0, smallest, largest, conditioned, level, rank, residual, bound, retry)
+        attempt = decomposed if len(pending) == count else decomposed.part(pending)
+        tried = [escalated(levels[i], max(values_BN.item(i, n - 1), 0.0), n, retry) for i in pending]
+        figures = _attempt(attempt, tried, conditioning.truncates, order, residual_bound)
+        if attempt is not decomposed:
+            decomposed.root_BNN[pending] = attempt.root_BNN
+        for i, level, figure in zip(pending, tried, figures, strict=True):
+            if figure.residual <= figure.bound:
+                smallest, largest = values_BN.item(i, 0), max(values_BN.item(i, n - 1), 0.0)
+                outcomes[i] = Solution(0, smallest, largest, level=level, retries=retry, **figure._asdict())
             elif retry == retries:
-                unit = float(np.ldexp(1.0, int(prepared.exponent_B[i])))
                 kind = "threshold" if conditioning.truncates else "ridge"
-                outcomes[i] = ResidualError(failure(kind, level * unit, residual, bound, retries))
+                level = restore(level, prepared.exponents[i])
+                outcomes[i] = ResidualError(failure(kind, level, figure.residual, figure.bound, retries))
         pending = [i for i in pending if outcomes[i] is None]
-    return roots_BNN, [outcome for outcome in outcomes if outcome is not None]
+    return decomposed.root_BNN, [outcome for outcome in outcomes if outcome is not None]
+
+
+def _indefinite(smallest: float, largest: float, allowed: float, exponent: int) -> IndefiniteError:
+    return IndefiniteError(
+        f"eigenvalue {restore(smallest, exponent):.3g} is negative beyond rounding, which explains "
+        f"{restore(-allowed, exponent):.3g} beside the largest, {restore(largest, exponent):.3g}; "
+        f"statistics are sums of G G^T, so look at how these were made"
+    )
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """A stack of matrices, what they were decomposed into, and where their roots go."""
+
+    scaled_BNN: Floats
+    values_BN: Floats
+    """Ascending."""
+    vectors_BNN: Floats
+    """As rows."""
+    root_BNN: Floats
+
+    def part(self, rows: list[int]) -> _Decomposed:
+        """Copies of some of them, and room for their roots."""
+        n = self.values_BN.shape[1]
+        return _Decomposed(
+            self.scaled_BNN[rows],
+            self.values_BN[rows],
+            self.vectors_BNN[rows],
+            np.empty((len(rows), n, n)),
+        )
+
+
+class _Figures(NamedTuple):
+    """What is known of an attempted root; fields mean what those of `Solution` do."""
+
+    condition: float
+    rank: int
+    residual: float
+    bound: float
+
+
+def _attempt(
+    of: _Decomposed, levels: list[float], truncates: bool, order: Order, residual_bound: float | None
+) -> list[_Figures]:
+    """Write the roots at these ridges or thresholds to of.root_BNN and verify them."""
+    count, n = of.values_BN.shape
+    exponent = order.exponent
+    level_B1 = np.array(levels)[:, None]
+    conditioned_BN = np.maximum(of.values_BN, 0.0)
+    kept_BN = None
+    ranks = [n] * count
+    if truncates:
+        kept_BN = conditioned_BN > level_B1
+        ranks = kept_BN.sum(axis=1).tolist()
+        conditioned_BN[~kept_BN] = np.inf  # whose root is zero
+    else:
+        conditioned_BN += level_B1
+    half_BN = conditioned_BN ** (exponent / 2.0)
+    conditions = []
+    for i, rank in enumerate(ranks):
+        # Eigenvalues ascend, and those that are dropped come first.
+        smallest, largest = conditioned_BN.item(i, n - rank if rank else 0), conditioned_BN.item(i, n - 1)
+        conditions.append(1.0 if rank == 0 else largest / smallest if smallest > 0.0 else math.inf)
+        if not math.isfinite(conditions[i]) or not math.isfinite(half_BN.item(i, n - rank if rank else 0)):
+            # A singular matrix without a ridge: nothing to compute, but a residual that no bound accepts.
+            conditions[i] = math.inf
+            half_BN[i] = 0.0
+
+    factor_BNN = scratch("factor", count, n)
+    np.multiply(of.vectors_BNN, half_BN[:, :, None], out=factor_BNN)
+    _gram(factor_BNN, of.root_BNN)
+    ridge_B1 = np.zeros((count, 1)) if truncates else level_B1
+    chosen = [i for i in range(count) if refinement.worthwhile(n, conditions[i], exponent)]
+    if chosen:
+        of.root_BNN[chosen] = refinement.refined(
+            of.scaled_BNN[chosen],
+            of.vectors_BNN[chosen],
+            np.ones((len(chosen), n), np.bool_) if kept_BN is None else kept_BN[chosen],
+            ridge_B1[chosen],
+            exponent,
+        )
+    bounds = [
+        default_bound(n, condition, order) if residual_bound is None else residual_bound
+        for condition in conditions
+    ]
+    figures = zip(conditions, ranks, _residuals(of, ridge_B1, kept_BN, order), bounds, strict=True)
+    return [
+        _Figures(condition, rank, residual if residual < math.inf > condition else math.inf, bound)
+        for condition, rank, residual, bound in figures
+    ]
 
 
 def _gram(factor_BNN: Floats, out_BNN: Floats) -> None:
-    """Write F^T F of each F, exactly symmetric, to out_BNN."""
-    if factor_BNN.shape[1] <= _BATCHED_UP_TO:
+    """Write the upper triangle of F^T F of each F to out_BNN; up to n = 128 both, exactly symmetric."""
+    if factor_BNN.shape[1] <= FULL_UP_TO:
         # numpy sees that both operands are the same memory, calls xSYRK and mirrors in one pass. Where it is
         # built without BLAS it sums both triangles in the same order.
         np.matmul(factor_BNN.transpose(0, 2, 1), factor_BNN, out=out_BNN)
         return
     for factor_NN, out_NN in zip(factor_BNN, out_BNN, strict=True):
         blas.dsyrk(1.0, factor_NN.T, c=out_NN.T, lower=1, overwrite_c=1)
-    mirror_upper(out_BNN)
 
 
-class _Attempt:
-    """Roots of a stack of decomposed matrices at given ridges or thresholds, and their residuals."""
+def _residuals(
+    of: _Decomposed, ridge_B1: Floats, kept_BN: NDArray[np.bool_] | None, order: Order
+) -> list[float]:
+    count, n = of.values_BN.shape
+    clips = bool((of.values_BN[:, 0] < 0.0).any())
 
-    def __init__(self, scaled_BNN: Floats, values_BN: Floats, vectors_BNN: Floats, root_BNN: Floats) -> None:
-        self.scaled_BNN = scaled_BNN
-        self.values_BN = values_BN
-        self.vectors_BNN = vectors_BNN
-        self.root_BNN = root_BNN
+    def apply_b(rows_BKN: Floats) -> Floats:
+        product_BKN = multiply(of.scaled_BNN, rows_BKN)
+        product_BKN += ridge_B1[:, :, None] * rows_BKN
+        if clips:
+            product_BKN -= project(rows_BKN, of.vectors_BNN, np.minimum(of.values_BN, 0.0))
+        return product_BKN
 
-    def run(self, level_B: Floats, truncates: bool, order: Order, residual_bound: float | None) -> None:
-        """Set root_BNN, rank_B, condition_B, bound_B and residual_B."""
-        count, n = self.values_BN.shape
-        exponent = order.exponent
-        conditioned_BN, self.kept_BN = condition(self.values_BN, level_B, truncates)
-        self.rank_B = self.kept_BN.sum(axis=1)
-        half_BN = conditioned_BN ** (exponent / 2.0)
-        if truncates:
-            half_BN[~self.kept_BN] = 0.0
-            conditioned_BN[~self.kept_BN] = np.inf
-        # Eigenvalues ascend. 0 / 0 of a zero matrix without a ridge is as singular as x / 0 is.
-        self.condition_B = conditioned_BN[:, -1] / conditioned_BN.min(axis=1)
-        self.condition_B[np.isnan(self.condition_B)] = np.inf
-        self.condition_B[self.rank_B == 0] = 1.0
-        bound_B = default_bound(n, self.condition_B, order)
-        self.bound_B = bound_B if residual_bound is None else np.full(count, residual_bound)
-        # A singular matrix without a ridge: nothing to compute, but a residual that no bound accepts.
-        possible_B = np.isfinite(half_BN).all(axis=1) & np.isfinite(self.condition_B)
-        half_BN[~possible_B] = 0.0
-
-        factor_BNN = scratch("factor", count, n)
-        np.multiply(self.vectors_BNN, half_BN[:, :, None], out=factor_BNN)
-        _gram(factor_BNN, self.root_BNN)
-        ridge_B = np.zeros(count) if truncates else level_B
-        chosen_B = refinement.worthwhile(n, self.condition_B, exponent)
-        if chosen_B.any():
-            self.root_BNN[chosen_B] = refinement.refined(
-                self.scaled_BNN[chosen_B],
-                self.vectors_BNN[chosen_B],
-                self.kept_BN[chosen_B],
-                ridge_B[chosen_B],
-                exponent,
-            )
-        residual_B = self._residuals(ridge_B, truncates, order)
-        residual_B[np.isnan(residual_B) | ~possible_B] = np.inf
-        self.residual_B = residual_B
-
-    def _residuals(self, ridge_B: Floats, truncates: bool, order: Order) -> Floats:
-        count, n = self.values_BN.shape
-        columns_BNN = self.vectors_BNN.transpose(0, 2, 1)
-        clipped_BN1 = np.minimum(self.values_BN, 0.0)[:, :, None]
-        clips = bool(clipped_BN1.any())
-
-        def apply_b(v_BNK: Floats) -> Floats:
-            product_BNK = multiply(self.scaled_BNN, v_BNK)
-            product_BNK += ridge_B[:, None, None] * v_BNK
-            if clips:
-                product_BNK -= multiply(columns_BNN, clipped_BN1 * multiply(self.vectors_BNN, v_BNK))
-            return product_BNK
-
-        start_BNK = np.broadcast_to(probes(n), (count, *probes(n).shape))
-        if truncates:
-            inside_BNK = self.kept_BN[:, :, None] * multiply(self.vectors_BNN, start_BNK)
-            start_BNK = multiply(columns_BNN, inside_BNK)
-        return residuals(apply_b, lambda v_BNK: multiply(self.root_BNN, v_BNK), order, start_BNK)
+    start_BKN = np.broadcast_to(probes(n), (count, *probes(n).shape))
+    if kept_BN is not None:
+        start_BKN = project(start_BKN, of.vectors_BNN, kept_BN.astype(np.float64))
+    return residuals(apply_b, lambda rows_BKN: multiply(of.root_BNN, rows_BKN), order, start_BKN)

@@ -10,6 +10,9 @@ definite. Where rounding left A with eigenvalues below -ridge, that is a retry w
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 from scipy.linalg import lapack
 
@@ -19,8 +22,8 @@ from .inputs import Prepared, rounding_level
 from .lanczos import largest_eigenvalue
 from .newton import coupled_newton
 from .order import Order
-from .solution import Solution, escalated, failure
-from .verification import default_bound, probes, residuals
+from .solution import Solution, escalated, failure, restore
+from .verification import default_bound, multiply, probes, residuals
 
 
 def solve(
@@ -39,7 +42,7 @@ def solve(
         raise MethodError("schur_newton has no pseudo-inverse; use method eigh or auto, or a ridge")
     roots_BNN = np.zeros_like(prepared.scaled_BNN)
     outcomes: list[Solution | RootError] = []
-    for i, (scaled_NN, exponent) in enumerate(zip(prepared.scaled_BNN, prepared.exponent_B, strict=True)):
+    for i, (scaled_NN, exponent) in enumerate(zip(prepared.scaled_BNN, prepared.exponents, strict=True)):
         try:
             roots_BNN[i], solution = _solve_one(
                 scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries
@@ -52,7 +55,7 @@ def solve(
 
 def _solve_one(
     scaled_NN: Floats,
-    exponent: np.int64,
+    exponent: int,
     eps: float,
     order: Order,
     conditioning: Conditioning,
@@ -60,22 +63,20 @@ def _solve_one(
     retries: int,
 ) -> tuple[Floats, Solution]:
     n = len(scaled_NN)
-    unit = float(np.ldexp(1.0, int(exponent)))
     largest = max(largest_eigenvalue(scaled_NN), 0.0)
     most_negative = -largest_eigenvalue(-scaled_NN)
     allowed = rounding_level(n, eps) * max(largest, -most_negative)
     if most_negative < -allowed or not (largest == 0.0 or _is_definite(scaled_NN, allowed)):
         raise IndefiniteError(
-            f"eigenvalue {min(most_negative, -allowed) * unit:.3g} or less is negative beyond rounding, "
-            f"which explains {-allowed * unit:.3g} beside the largest, {largest * unit:.3g}; "
+            f"eigenvalue {restore(min(most_negative, -allowed), exponent):.3g} or less is negative beyond "
+            f"rounding, which explains {restore(-allowed, exponent):.3g} beside the largest, "
+            f"{restore(largest, exponent):.3g}; "
             f"statistics are sums of G G^T, so look at how these were made"
         )
-    mean_1 = np.array([max(float(np.trace(scaled_NN)) / n, 0.0)])
-    largest_1 = np.array([largest])
-    level_1 = conditioning.level(largest_1, mean_1, np.array([exponent]))
+    level = conditioning.level(largest, max(float(np.trace(scaled_NN)) / n, 0.0), exponent)
     ridge, residual, bound = 0.0, np.inf, 0.0
     for retry in range(retries + 1):
-        ridge = float(escalated(level_1, largest_1, n, retry)[0])
+        ridge = escalated(level, largest, n, retry)
         if largest + ridge == 0.0 or not _is_definite(scaled_NN, ridge):
             continue
         conditioned_NN = scaled_NN.copy()
@@ -85,24 +86,28 @@ def _solve_one(
             continue
         root_NN = np.linalg.matrix_power(unit_root_NN, order.denominator)
         root_NN = (root_NN + root_NN.T) * 0.5
-        smallest_1 = np.array([largest_eigenvalue(unit_root_NN)]) ** -order.numerator
-        condition_1 = np.maximum((largest + ridge) / smallest_1, 1.0)
-        bound = float(default_bound(n, condition_1, order)[0]) if residual_bound is None else residual_bound
-        start_1NK = probes(n)[None]
-        residual = float(residuals(conditioned_NN.__matmul__, root_NN.__matmul__, order, start_1NK)[0])
+        smallest = float(np.float64(largest_eigenvalue(unit_root_NN)) ** -order.numerator)
+        condition = max((largest + ridge) / smallest, 1.0) if smallest > 0.0 else math.inf
+        bound = default_bound(n, condition, order) if residual_bound is None else residual_bound
+        (residual,) = residuals(
+            functools.partial(multiply, conditioned_NN[None]),
+            functools.partial(multiply, root_NN[None]),
+            order,
+            probes(n)[None],
+        )
         if residual <= bound:
             return root_NN, Solution(
                 iterations,
-                float(smallest_1[0]) - ridge,
+                smallest - ridge,
                 largest,
-                float(condition_1[0]),
+                condition,
                 ridge,
                 n,
                 residual,
                 bound,
                 retry,
             )
-    raise ResidualError(failure("ridge", ridge * unit, residual, bound, retries))
+    raise ResidualError(failure("ridge", restore(ridge, exponent), residual, bound, retries))
 
 
 def _is_definite(matrix_NN: Floats, shift: float) -> bool:

@@ -35,13 +35,13 @@ class Conditioning(ABC):
                 raise InputError(f"{type(self).__name__}.{field.name} = {value} must be finite and >= 0")
 
     @abstractmethod
-    def level(self, largest: Floats, mean: Floats, exponent: NDArray[np.int64]) -> Floats:
-        """The ridge, or the threshold of a pseudo-inverse, of each of b scaled matrices.
+    def level(self, largest: float, mean: float, exponent: int) -> float:
+        """The ridge, or the threshold of a pseudo-inverse, of a scaled matrix.
 
         Args:
-            largest: (b,) largest eigenvalues of `A 2^-exponent`, clipped at zero.
-            mean: (b,) traces of `A 2^-exponent` divided by n, clipped at zero.
-            exponent: (b,) the powers of two that were taken out.
+            largest: eigenvalue of `A 2^-exponent`, clipped at zero.
+            mean: trace of `A 2^-exponent` divided by n, clipped at zero.
+            exponent: the power of two that was taken out.
         """
 
     @property
@@ -65,9 +65,9 @@ class RelativeRidge(Conditioning):
 
     epsilon: float = 1e-6
 
-    def level(self, largest: Floats, mean: Floats, exponent: NDArray[np.int64]) -> Floats:
+    def level(self, largest: float, mean: float, exponent: int) -> float:
         """See `Conditioning.level`."""
-        return self.epsilon * np.where(largest > 0, largest, 1.0)
+        return self.epsilon * (largest or 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class AbsoluteRidge(Conditioning):
 
     ridge: float
 
-    def level(self, largest: Floats, mean: Floats, exponent: NDArray[np.int64]) -> Floats:
+    def level(self, largest: float, mean: float, exponent: int) -> float:
         """See `Conditioning.level`."""
-        return np.ldexp(self.ridge, -exponent)
+        return math.ldexp(self.ridge, -exponent)
 
     @property
     def floor(self) -> float:
@@ -100,9 +100,9 @@ class TraceRidge(Conditioning):
 
     epsilon: float
 
-    def level(self, largest: Floats, mean: Floats, exponent: NDArray[np.int64]) -> Floats:
+    def level(self, largest: float, mean: float, exponent: int) -> float:
         """See `Conditioning.level`."""
-        return self.epsilon * np.where(mean > 0, mean, 1.0)
+        return self.epsilon * (mean or 1.0)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class PseudoInverse(Conditioning):
                 f"PseudoInverse.threshold = {self.threshold} must be below 1, else nothing remains"
             )
 
-    def level(self, largest: Floats, mean: Floats, exponent: NDArray[np.int64]) -> Floats:
+    def level(self, largest: float, mean: float, exponent: int) -> float:
         """See `Conditioning.level`."""
         return self.threshold * largest
 
@@ -135,17 +135,3 @@ class PseudoInverse(Conditioning):
     def truncates(self) -> bool:
         """See `Conditioning.truncates`."""
         return True
-
-
-def condition(eigenvalues_BN: Floats, level_B: Floats, truncates: bool) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the eigenvalues of B and which of them are kept.
-
-    Args:
-        eigenvalues_BN: eigenvalues of A, ascending; rounding-level negative ones count as zero.
-        level_B: ridge or threshold of each matrix.
-        truncates: whether level_B is a threshold.
-    """
-    clipped_BN = np.maximum(eigenvalues_BN, 0.0)
-    if not truncates:
-        return clipped_BN + level_B[:, None], np.ones(clipped_BN.shape, dtype=np.bool_)
-    return clipped_BN, clipped_BN > level_B[:, None]

@@ -14,12 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from .conditioning import Floats
 from .errors import AsymmetricError, DtypeError, EmptyError, NotFiniteError, RootError, ShapeError
-from .triangles import largest_asymmetry, mirror_upper, symmetrise, unpack
+from .solution import restore
+from .triangles import FULL_UP_TO, largest_asymmetry, mirror_upper, symmetrise, unpack
+from .verification import probes
 from .workspace import scratch
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _HARMLESS_SHIFT = 32
 """Scales of 2^-32 to 2^32 leave so much of float64's range that nothing is gained by scaling."""
+_PRODUCT_ROUNDING = 4.0 * float(np.finfo(np.float64).eps)
 _LARGEST_SHIFT = 1000
 """Powers of two up to this are normal float64 numbers, and so are their inverses."""
 
@@ -30,8 +33,8 @@ class Prepared:
 
     scaled_BNN: Floats
     """A * 2^-exponent, exactly symmetric; far from overflow and underflow in all that follows."""
-    exponent_B: NDArray[np.int64]
-    index_B: NDArray[np.intp]
+    exponents: list[int]
+    index: list[int]
     """Where each stands in the caller's stack."""
     eps: float
     """Unit roundoff of the dtype in which the statistics were accumulated."""
@@ -84,54 +87,72 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
     errors: dict[int, RootError] = {}
     eps = float(np.finfo(stack.dtype).eps)
     flat = stack.reshape(len(stack), -1)
-    largest_B = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
-    finite_B = np.isfinite(largest_B)
-    for i in np.flatnonzero(~finite_B) if not finite_B.all() else ():
-        count = flat.shape[1] - int(np.count_nonzero(np.isfinite(flat[i])))
-        errors[int(i)] = NotFiniteError(
-            f"{count} of {flat.shape[1]} elements are NaN or infinite; "
-            f"drop this snapshot and look at the gradients"
-        )
-    index_B = np.flatnonzero(finite_B)
-    if errors:
-        stack, largest_B = stack[index_B], largest_B[index_B]
+    scales = [
+        max(top, -low) for top, low in zip(flat.max(axis=1).tolist(), flat.min(axis=1).tolist(), strict=True)
+    ]
+    index = [i for i, scale in enumerate(scales) if math.isfinite(scale)]
+    if len(index) < len(stack):
+        for i in set(range(len(stack))).difference(index):
+            count = flat.shape[1] - int(np.count_nonzero(np.isfinite(flat[i])))
+            errors[i] = NotFiniteError(
+                f"{count} of {flat.shape[1]} elements are NaN or infinite; "
+                f"drop this snapshot and look at the gradients"
+            )
+        stack, scales = stack[index], [scales[i] for i in index]
 
-    asymmetry_B: Floats = np.zeros(len(stack))
-    if stack.ndim == 3:
-        asymmetry_B = largest_asymmetry(stack)
-        allowed_B = rounding_level(n, eps) * largest_B
-        symmetric_B = asymmetry_B <= allowed_B
-        if not symmetric_B.all():
-            for i in np.flatnonzero(~symmetric_B):
-                errors[int(index_B[i])] = AsymmetricError(
-                    f"elements differ from their transposed ones by up to {asymmetry_B[i]:.3g}, "
-                    f"rounding explains {allowed_B[i]:.3g}; symmetrise (A + A.T) / 2 first if that is meant"
-                )
-            stack, index_B = stack[symmetric_B], index_B[symmetric_B]
-            largest_B, asymmetry_B = largest_B[symmetric_B], asymmetry_B[symmetric_B]
-
-    reference_B = np.maximum(largest_B, floor)
-    exponent_B = np.frexp(reference_B)[1].astype(np.int64)
-    exponent_B[np.abs(exponent_B) <= _HARMLESS_SHIFT] = 0
+    exponents = [math.frexp(max(scale, floor))[1] for scale in scales]
+    exponents = [0 if abs(exponent) <= _HARMLESS_SHIFT else exponent for exponent in exponents]
     scaled_BNN = scratch("scaled", len(stack), n)
-    if stack.ndim == 3:
-        np.copyto(scaled_BNN, stack)
-        _shift(scaled_BNN, -exponent_B)
-        if asymmetry_B.any():
-            symmetrise(scaled_BNN)
-    else:
+    if stack.ndim == 2:
         packed_BP = stack.astype(np.float64)
-        _shift(packed_BP, -exponent_B)
+        _shift(packed_BP, exponents)
         unpack(packed_BP, scaled_BNN)
         mirror_upper(scaled_BNN)
-    return Prepared(scaled_BNN, exponent_B, index_B, eps, errors)
+        return Prepared(scaled_BNN, exponents, index, eps, errors)
+
+    np.copyto(scaled_BNN, stack)
+    _shift(scaled_BNN, exponents)
+    scales = [math.ldexp(scale, -exponent) for scale, exponent in zip(scales, exponents, strict=True)]
+    if _looks_symmetric(scaled_BNN, scales):
+        return Prepared(scaled_BNN, exponents, index, eps, errors)
+    asymmetries = largest_asymmetry(scaled_BNN).tolist()
+    symmetric = []
+    for k, (asymmetry, scale) in enumerate(zip(asymmetries, scales, strict=True)):
+        allowed = rounding_level(n, eps) * scale
+        if asymmetry <= allowed:
+            symmetric.append(k)
+            continue
+        errors[index[k]] = AsymmetricError(
+            f"elements differ from their transposed ones by up to {restore(asymmetry, exponents[k]):.3g}, "
+            f"rounding explains {restore(allowed, exponents[k]):.3g}; "
+            f"symmetrise (A + A.T) / 2 first if that is meant"
+        )
+    if len(symmetric) < len(index):
+        scaled_BNN = scaled_BNN[symmetric]
+        exponents, index = [exponents[k] for k in symmetric], [index[k] for k in symmetric]
+    if any(asymmetries):
+        symmetrise(scaled_BNN)
+    return Prepared(scaled_BNN, exponents, index, eps, errors)
 
 
-def _shift(stack: Floats, exponent_B: NDArray[np.int64]) -> None:
-    if not exponent_B.any():
-        return
-    exponent = exponent_B.reshape(-1, *[1] * (stack.ndim - 1))
-    if np.abs(exponent).max(initial=0) <= _LARGEST_SHIFT:
-        stack *= np.ldexp(1.0, exponent)
-    else:
-        np.ldexp(stack, exponent, out=stack)
+def _looks_symmetric(stack_BNN: Floats, scales: list[float]) -> bool:
+    """Whether A v = A^T v for a random v, up to the rounding of these products; a tenth of looking it up."""
+    n = stack_BNN.shape[1]
+    if n <= FULL_UP_TO:
+        return False
+    probe_N = probes(n)[0]
+    for matrix_NN, scale in zip(stack_BNN, scales, strict=True):
+        difference_N = matrix_NN @ probe_N
+        difference_N -= probe_N @ matrix_NN
+        if not np.abs(difference_N, out=difference_N).max() <= _PRODUCT_ROUNDING * math.sqrt(n) * scale:
+            return False
+    return True
+
+
+def _shift(stack: Floats, exponents: list[int]) -> None:
+    """Multiply each matrix by 2^-exponent, in place."""
+    for matrix, exponent in zip(stack, exponents, strict=True):
+        if abs(exponent) > _LARGEST_SHIFT:
+            np.ldexp(matrix, -exponent, out=matrix)
+        elif exponent:
+            matrix *= 2.0**-exponent

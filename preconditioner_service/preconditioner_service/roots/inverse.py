@@ -144,14 +144,13 @@ def _chunk(
     for k, outcome in enumerate(outcomes):
         if isinstance(outcome, RootError):
             root_BNN[k] = 0.0
-    matrix_BNN, misfits = unscale(root_BNN, prepared.exponent_B, order, dtype)
+    matrix_BNN, misfits = unscale(root_BNN, prepared.exponents, order, dtype)
     seconds = (time.perf_counter() - began) / len(chunk)
-    for k, i in enumerate(prepared.index_B.tolist()):
+    for k, i in enumerate(prepared.index):
         outcome = misfits.get(k, outcomes[k])
         if isinstance(outcome, RootError):
             results[i] = outcome
         else:
-            exponent = int(prepared.exponent_B[k])
-            figures = diagnostics(outcome, exponent, conditioning.truncates, method, seconds)
+            figures = diagnostics(outcome, prepared.exponents[k], conditioning.truncates, method, seconds)
             results[i] = Root(matrix_BNN[k], figures)
     return [results[i] for i in range(len(chunk))]

@@ -27,24 +27,24 @@ _FIRST_ORDER = 0.1
 _NEARLY_EQUAL = 1e-3
 
 
-def worthwhile(n: int, condition_B: Floats, exponent: float) -> NDArray[np.bool_]:
-    """Which roots may otherwise miss the accuracy that this package promises.
+def worthwhile(n: int, condition: float, exponent: float) -> bool:
+    """Whether a root may otherwise miss the accuracy that this package promises.
 
     That is a relative Frobenius error of 1e-10 up to a condition of 1e6, and 1e-16 condition n beyond.
     Where the error is of the order of the smallest eigenvalue, first order corrects nothing.
     """
     if n > LARGEST:
-        return np.zeros(len(condition_B), dtype=np.bool_)
-    promised_B = np.where(condition_B <= 1e6, 1e-10, 1e-16 * n * condition_B)
-    expected_B = _DECOMPOSITION_ERROR * condition_B
-    return (-exponent * expected_B > promised_B) & (expected_B < _FIRST_ORDER)
+        return False
+    promised = 1e-10 if condition <= 1e6 else 1e-16 * n * condition
+    expected = _DECOMPOSITION_ERROR * condition
+    return -exponent * expected > promised and expected < _FIRST_ORDER
 
 
 def refined(
     scaled_BNN: Floats,
     rows_BNN: Floats,
     kept_BN: NDArray[np.bool_],
-    ridge_B: Floats,
+    ridge_B1: Floats,
     exponent: float,
 ) -> Floats:
     """Return B^exponent, exactly symmetric, corrected to first order.
@@ -53,14 +53,14 @@ def refined(
         scaled_BNN: A.
         rows_BNN: eigenvectors of A as rows.
         kept_BN: eigenvalues whose root is not zero.
-        ridge_B: what is added to the eigenvalues; zero with a pseudo-inverse.
+        ridge_B1: what is added to the eigenvalues; zero with a pseudo-inverse.
         exponent: -1/p.
     """
     columns_BNN = rows_BNN.transpose(0, 2, 1)
     reduced_BNN = rows_BNN @ scaled_BNN @ columns_BNN
     n = reduced_BNN.shape[1]
     diagonal = np.arange(n)
-    values_BN = np.maximum(reduced_BNN[:, diagonal, diagonal], 0.0) + ridge_B[:, None]
+    values_BN = np.maximum(reduced_BNN[:, diagonal, diagonal], 0.0) + ridge_B1
     roots_BN = np.where(kept_BN, np.where(kept_BN, values_BN, 1.0) ** exponent, 0.0)
 
     gap_BNN = values_BN[:, :, None] - values_BN[:, None, :]

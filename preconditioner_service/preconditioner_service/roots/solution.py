@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-
-from .conditioning import Floats
 
 _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(slots=True)
 class Solution:
-    """How the verified root of a scaled matrix came about. Fields mean what those of `Diagnostics` do."""
+    """How the verified root of a scaled matrix came about. Fields mean what those of `Diagnostics` do.
+
+    `level` is the ridge or the threshold, `bound` the bound on the residual.
+    """
 
     iterations: int
     smallest: float
@@ -22,15 +24,15 @@ class Solution:
     level: float
     rank: int
     residual: float
-    residual_bound: float
+    bound: float
     retries: int
 
 
-def escalated(level_B: Floats, largest_B: Floats, n: int, retries: int) -> Floats:
+def escalated(level: float, largest: float, n: int, retries: int) -> float:
     """The ridge or threshold of a retry: ten times more each time, and never lost in rounding."""
     if retries == 0:
-        return level_B
-    return np.maximum(level_B, n * _EPS * largest_B) * 10.0**retries
+        return level
+    return max(level, n * _EPS * largest) * math.pow(10.0, retries)
 
 
 def failure(kind: str, level: float, residual: float, bound: float, retries: int) -> str:
@@ -39,3 +41,11 @@ def failure(kind: str, level: float, residual: float, bound: float, retries: int
         f"residual {residual:.3g} exceeds the bound {bound:.3g} with {kind} {level:.3g} "
         f"after {retries} retries; condition the matrix with a larger {kind}"
     )
+
+
+def restore(value: float, exponent: int) -> float:
+    """Return value * 2^exponent, infinite where that is beyond float64."""
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from .conditioning import Floats
 
+FULL_UP_TO = 128
+"""Rows up to which matrices in work have both triangles; beyond, reading only the upper one pays."""
 _STRIP = 64
 _MIRROR_STRIP = 32
 
@@ -61,7 +63,7 @@ def symmetrise(stack_BNN: Floats) -> None:
         stack_BNN[:, start:, start:end] = mean_BSM.transpose(0, 2, 1)
 
 
-def largest_asymmetry(stack_BNN: NDArray[Any]) -> Floats:
+def largest_asymmetry(stack_BNN: Floats) -> Floats:
     """Return the largest |a_ij - a_ji| of each matrix, (b,)."""
     count, n = stack_BNN.shape[:2]
     largest_B: Floats = np.zeros(count)

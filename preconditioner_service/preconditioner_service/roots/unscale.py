@@ -12,7 +12,8 @@ from .conditioning import Floats
 from .errors import RangeError
 from .order import Order
 from .result import Diagnostics
-from .solution import Solution
+from .solution import Solution, restore
+from .triangles import FULL_UP_TO, mirror_upper
 
 _LARGEST_SHIFT = 1000
 _LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
@@ -20,15 +21,18 @@ _LOG2_TINY = {dtype: math.log2(limits.tiny) for dtype, limits in _LIMITS.items()
 
 
 def unscale(
-    root_BNN: Floats, exponent_B: NDArray[np.int64], order: Order, dtype: np.dtype[Any]
+    root_BNN: Floats, exponents: list[int], order: Order, dtype: np.dtype[Any]
 ) -> tuple[NDArray[Any], dict[int, RangeError]]:
-    """Return the roots of the matrices as they came, (b, n, n), and errors for those that do not fit."""
+    """Return the roots of the matrices as they came, (b, n, n), and errors for those that do not fit.
+
+    Beyond `FULL_UP_TO` rows only the upper triangles of root_BNN are read. The result has both.
+    """
     out_BNN = np.empty(root_BNN.shape, dtype)
     errors: dict[int, RangeError] = {}
     # The largest element of a positive semi-definite matrix stands on its diagonal.
     top_B = np.diagonal(root_BNN, axis1=1, axis2=2).max(axis=1).tolist()
-    shift_B = (exponent_B * order.exponent).tolist()
-    for i, (top, shift) in enumerate(zip(top_B, shift_B, strict=True)):
+    for i, (top, exponent) in enumerate(zip(top_B, exponents, strict=True)):
+        shift = exponent * order.exponent
         if top > 0 and not _LOG2_TINY[dtype] <= math.log2(top) + shift < _LIMITS[dtype].maxexp:
             decades = (math.log2(top) + shift) * math.log10(2.0)
             way_out = "ask for float64" if dtype == np.float32 else "rescale the statistics"
@@ -44,6 +48,8 @@ def unscale(
             np.copyto(out_BNN[i], root_NN, casting="same_kind")
         else:
             np.multiply(root_NN, 2.0**shift, out=out_BNN[i], casting="same_kind")
+    if root_BNN.shape[1] > FULL_UP_TO:
+        mirror_upper(out_BNN)
     return out_BNN, errors
 
 
@@ -66,15 +72,7 @@ def diagnostics(
         level if truncates else 0.0,
         solution.rank,
         solution.residual,
-        solution.residual_bound,
+        solution.bound,
         solution.retries,
         seconds,
     )
-
-
-def restore(value: float, exponent: int) -> float:
-    """Return value * 2^exponent, infinite where that is beyond float64."""
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.copysign(math.inf, value)
