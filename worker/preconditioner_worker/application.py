@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from preconditioner_worker.commands import Bench, Compare, Demo, Train, Tune
+from preconditioner_worker.faults.commands import CheckHistory, Soak
 from preconditioner_worker.staleness.commands import Staleness
 
 PREFIX = "PRECONDITIONER_WORKER_"
@@ -57,6 +58,8 @@ class Application(BaseSettings):
     demo: CliSubCommand[Demo]
     tune: CliSubCommand[Tune]
     bench: CliSubCommand[Bench]
+    soak: CliSubCommand[Soak]
+    check_history: CliSubCommand[CheckHistory]
     staleness: CliSubCommand[Staleness]
 
     @classmethod

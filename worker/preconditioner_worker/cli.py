@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pydantic_settings import CliApp, SettingsError
 
         from preconditioner_client.exchange import ExchangeError
+        from preconditioner_protos.history import HistoryError
         from preconditioner_worker.application import Application, UnknownKeyError
+        from preconditioner_worker.faults.service import ServiceError
         from preconditioner_worker.results import ResultError
         from preconditioner_worker.workloads import WorkloadError
     except ModuleNotFoundError as error:
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(describe(error), 2)
     except (SettingsError, UnknownKeyError) as error:
         fail(str(error), 2)
-    except (WorkloadError, ResultError, ExchangeError, TimeoutError) as error:
+    except (WorkloadError, ResultError, ExchangeError, HistoryError, ServiceError, TimeoutError) as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)

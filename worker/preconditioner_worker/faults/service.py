@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 _STOP_SECONDS = 30.0
@@ -24,20 +26,35 @@ class LocalService:
 
     Args:
         workers: Ray actors.
+        arguments: more of ``serve``.
+        log: file that its log is appended to; None: nowhere.
 
     Attributes:
         address: ``host:port``, the same over restarts.
         token: that it asks for.
     """
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, arguments: Sequence[str] = (), log: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = int(probe.getsockname()[1])
         self.address = f"127.0.0.1:{self._port}"
         self.token = secrets.token_urlsafe(32)
         self._workers = workers
+        self._arguments = tuple(arguments)
+        self._log = log or Path(os.devnull)
         self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the server process.
+
+        Raises:
+            ServiceError: it does not run.
+        """
+        if self._process is None:
+            raise ServiceError("the service does not run")
+        return self._process.pid
 
     def start(self) -> None:
         """Start it, and return when it is ready.
@@ -46,18 +63,19 @@ class LocalService:
             ServiceError: it did not become ready.
         """
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
-        self._process = subprocess.Popen(
-            [
-                sys.executable, "-m", "preconditioner_service", "serve",
-                "--port", str(self._port), "--num-workers", str(self._workers),
-                "--parent-pid", str(os.getpid()),
-            ],
-            env={**environment, f"{_PREFIX}TOKEN": self.token},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "preconditioner_service", "serve",
+                    "--port", str(self._port), "--num-workers", str(self._workers),
+                    "--parent-pid", str(os.getpid()), *self._arguments,
+                ],
+                env={**environment, f"{_PREFIX}TOKEN": self.token},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )  # fmt: skip
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         entry = json.loads(line) if line else {"reason": "it ended without a word"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,6 +90,23 @@ class Case:
     def faults(self) -> list[Event]:
         """What was injected and healed, in order."""
         return [event for event in self.history.events if event.kind.value.startswith("harness.")]
+
+    def was_stopped(self, job: str | None, begin: float, end: float) -> bool:
+        """Whether somebody kept a job's process from running at some time between ``begin`` and ``end``."""
+        return any(begin <= healed and injected <= end for injected, healed in self._stops.get(job, ()))
+
+    @cached_property
+    def _stops(self) -> dict[str | None, list[tuple[float, float]]]:
+        stops: dict[str | None, list[tuple[float, float]]] = {}
+        for event in self.faults:
+            job = event.data.get("stops")
+            if job is None:
+                continue
+            if event.kind is Kind.FAULT_INJECTED:
+                stops.setdefault(job, []).append((event.at, math.inf))
+            elif stops.get(job):
+                stops[job][-1] = (stops[job][-1][0], event.at)
+        return stops
 
     def of(self, *kinds: Kind) -> Iterator[Event]:
         """Events of these kinds, of all processes."""

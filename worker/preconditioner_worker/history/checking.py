@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ class Report:
     Attributes:
         history: what was read.
         violations: what broke a rule, by rule.
-        looked_at: of every check how many things it held against its rule; 0 means that it proves nothing.
+        looked_at: by check, its rule and how many things it held against it; 0 means that it proves nothing.
     """
 
     history: History
     violations: tuple[Violation, ...]
-    looked_at: dict[str, int]
+    looked_at: dict[str, tuple[int, int]]
 
 
 def examine(paths: Iterable[Path | str], *, expectations: Expectations | None = None) -> Report:
@@ -36,13 +35,13 @@ def examine(paths: Iterable[Path | str], *, expectations: Expectations | None = 
     """
     case = Case(read_history(paths), expectations or Expectations())
     violations: list[Violation] = []
-    looked_at: Counter[str] = Counter()
+    looked_at: dict[str, tuple[int, int]] = {}
     for check in CHECKS:
         findings = check(case)
-        looked_at[findings.check] += findings.looked_at
+        looked_at[findings.check] = findings.rule, findings.looked_at
         violations += findings.violations
     violations.sort(key=lambda violation: violation.rule)
-    return Report(case.history, tuple(violations), dict(looked_at))
+    return Report(case.history, tuple(violations), looked_at)
 
 
 def check_history(

@@ -10,17 +10,15 @@ from preconditioner_worker.history.findings import Findings
 
 
 def check_jobs(case: Case) -> Findings:
-    """What a service took was sent by just that trainer; what a trainer received was published for it alone."""
+    """What a service took was sent by just that trainer; what a trainer received was published for it."""
     findings = Findings(9, "jobs")
-    _compare(
-        case, findings, Kind.SNAPSHOT_SENT, Kind.SNAPSHOT_ACCEPTED, "trainer", "was accepted, but not sent"
-    )
-    _compare(case, findings, Kind.PUBLISHED, Kind.RECEIVED, "service", "was received, but not published")
+    _compare(case, findings, Kind.SNAPSHOT_SENT, Kind.SNAPSHOT_ACCEPTED, "trainer")
+    _compare(case, findings, Kind.PUBLISHED, Kind.RECEIVED, "service")
     _fences(case, findings)
     return findings
 
 
-def _compare(case: Case, findings: Findings, made: Kind, seen: Kind, maker: str, missing: str) -> None:
+def _compare(case: Case, findings: Findings, made: Kind, seen: Kind, maker: str) -> None:
     """Whatever was seen must have been made before, for the same key and with the same digests."""
     # After a restart a version may be computed again, so a key can have several makings.
     makings: dict[Key, list[Event]] = defaultdict(list)
@@ -43,7 +41,7 @@ def _compare(case: Case, findings: Findings, made: Kind, seen: Kind, maker: str,
         elif candidates:
             findings.broken(f"{seen.value}: another matrix than {made.value}", candidates[0], event)
         elif not case.may_be_unwritten(maker, event.at):
-            findings.broken(f"version {event.version} of block {event.block} {missing}", event)
+            findings.broken(f"{seen.value} without {made.value}", event)
 
 
 def _fences(case: Case, findings: Findings) -> None:

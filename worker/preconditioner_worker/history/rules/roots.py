@@ -46,8 +46,8 @@ def check_roots(case: Case) -> Findings:
             findings.looked_at += 1
             if not worst <= TOLERANCE:
                 findings.broken(
-                    f"side {side} of block {adopted.block} ({block['name']}) is not the root of its snapshot: "
-                    f"entries differ by {worst:.1e} of the largest",
+                    f"side {side} of block {adopted.block} ({block['name']}) is not the root of its "
+                    f"snapshot: entries differ by {worst:.1e} of the largest",
                     snapshot,
                     adopted,
                 )

@@ -1,8 +1,10 @@
-"""Rule 10: a scheduled version is adopted exactly ``delay`` steps after its snapshot, or later after a wait."""
+"""Rule 10: a scheduled version is adopted ``delay`` steps after its snapshot, late only after a wait."""
 
 from __future__ import annotations
 
-from preconditioner_protos.history import Event, Kind
+import math
+
+from preconditioner_protos.history import Kind
 from preconditioner_worker.history.case import Case
 from preconditioner_worker.history.findings import Findings
 
@@ -14,22 +16,26 @@ def check_schedule(case: Case) -> Findings:
         delay = life.setting("delay")
         if delay is None:
             continue
-        # A late one is in order where a step waited for it in vain, or no step waits by policy or breaker.
-        excused: Event | None = None
+        # A late one is in order where no step waits for it: by policy, after a wait in vain, or since its
+        # snapshot was taken before this process began.
         waits = life.setting("policy") == "wait"
+        in_vain: list[tuple[float, float]] = []
         for event in life.events:
-            if event.kind is Kind.WAIT_ENDED and event.data["timed_out"]:
-                excused = event
+            if event.kind is Kind.POLICY_ACTED and event.step is not None:
+                if event.data["action"] == "breaker_opened":
+                    in_vain.append((event.step, math.inf))
+                elif event.data["action"] == "breaker_closed" and in_vain:
+                    in_vain[-1] = (in_vain[-1][0], event.step)
             if event.kind is not Kind.ADOPTED:
                 continue
             assert event.version is not None  # by the format
             assert event.step is not None
             findings.looked_at += 1
             due = event.version + delay
+            resumed = due <= (life.session.step or 0)
+            excused = resumed or not waits or any(begin <= due <= end for begin, end in in_vain)
             if event.step < due:
                 findings.broken(f"version {event.version} was adopted before step {due}", event)
-            elif event.step > due and waits and excused is None and due > (life.session.step or 0):
-                findings.broken(
-                    f"version {event.version} was adopted after step {due}, and no wait failed", event
-                )
+            elif event.step > due and not excused:
+                findings.broken(f"version {event.version} was adopted after step {due} without a wait", event)
     return findings

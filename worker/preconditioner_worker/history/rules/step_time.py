@@ -18,6 +18,8 @@ def check_step_time(case: Case) -> Findings:
     expected = case.expectations
     steps: dict[tuple[str, str | None], list[Event]] = {}
     for event in case.of(Kind.STEP_ENDED):
+        if case.was_stopped(event.job, event.at - event.data["seconds"], event.at):
+            continue
         steps.setdefault((event.source, event.job), []).append(event)
     for (_, job), events in steps.items():
         findings.looked_at += len(events)

@@ -30,10 +30,10 @@ def check_waits(case: Case) -> Findings:
                     )
             elif event.kind is Kind.WAIT_ENDED:
                 allowed = life.setting("stale_timeout") + case.expectations.wait_slack
-                if event.data["seconds"] > allowed:
+                seconds = event.data["seconds"]
+                if seconds > allowed and not case.was_stopped(event.job, event.at - seconds, event.at):
                     findings.broken(
-                        f"a step waited {event.data['seconds']:.2f} s; stale_timeout is "
-                        f"{life.setting('stale_timeout')} s",
+                        f"a step waited {seconds:.2f} s; stale_timeout is {life.setting('stale_timeout')} s",
                         event,
                     )
     return findings

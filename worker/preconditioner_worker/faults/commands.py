@@ -1,0 +1,147 @@
+"""The commands about faults: ``soak`` and ``check-history``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+from rich.table import Table
+
+from preconditioner_worker.faults.soak import Result, soak, table
+from preconditioner_worker.history import Expectations, Report, examine
+
+_CONFIG = ConfigDict(
+    extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
+)
+_SHOWN = 20
+
+
+class Soak(BaseModel):
+    """Train two jobs against one service under random faults; a checker judges what they recorded."""
+
+    model_config: ClassVar[ConfigDict] = _CONFIG
+
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """From the first fault to the last; starting and judging come on top."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the schedule of faults: the same seed draws the same faults in the same order."""
+    folder: Path | None = None
+    """Keep histories, matrices and logs there; null: keep them only if a rule is broken."""
+    json_file: Annotated[Path | None, Field(alias="json")] = None
+    """Write the result to this file."""
+    quiet: bool = False
+    """Print the result alone, and not every fault."""
+
+    def cli_cmd(self) -> None:
+        """Run, print, save; the exit status is 1 if a rule was broken."""
+        console = Console()
+
+        def report(line: str) -> None:
+            if not self.quiet:
+                console.print(line, highlight=False, soft_wrap=True)
+
+        result = soak(self.minutes, self.seed, folder=self.folder, report=report)
+        console.print(table(result))
+        _say(console, result)
+        if self.json_file is not None:
+            self.json_file.write_text(json.dumps(result.as_json(), indent=1) + "\n")
+        if result.violations:
+            sys.exit(1)
+
+
+class CheckHistory(BaseModel):
+    """Hold recorded histories against the rules; the exit status is 1 if one was broken."""
+
+    model_config: ClassVar[ConfigDict] = _CONFIG
+
+    files: CliPositionalArg[list[Path]]
+    """Files that history_file or --history-file named, of all trainers and services that belong together."""
+    matrices: Path | None = None
+    """Folder that history_matrices named: roots are computed again."""
+    roots: Annotated[int, Field(ge=0)] = 2000
+    """How many preconditioners are computed again at most."""
+    step_factor: Annotated[float, Field(gt=0)] = 20.0
+    """The 99th percentile of a job's steps is at most so many of its median steps, or 0.25 s."""
+    service_rss: Annotated[int | None, Field(ge=1)] = None
+    """Resident bytes that the service may have; null: not bounded."""
+    json_file: Annotated[Path | None, Field(alias="json")] = None
+    """Write what was found to this file."""
+
+    def cli_cmd(self) -> None:
+        """Check, print, save."""
+        report = examine(
+            self.files,
+            expectations=Expectations(
+                matrices=self.matrices,
+                roots=self.roots,
+                step_factor=self.step_factor,
+                service_rss=self.service_rss,
+            ),
+        )
+        console = Console()
+        console.print(_checks(report))
+        _list(console, [str(violation) for violation in report.violations])
+        if self.json_file is not None:
+            self.json_file.write_text(json.dumps(_as_json(report), indent=1) + "\n")
+        if report.violations:
+            sys.exit(1)
+
+
+def _checks(report: Report) -> Table:
+    history = report.history
+    shown = Table(
+        title=f"{len(history.events)} events of {len(history.sources)} processes; "
+        f"{history.holes} missing, {history.torn} torn lines",
+        title_justify="left",
+    )
+    shown.add_column("rule", justify="right")
+    shown.add_column("check")
+    shown.add_column("looked at", justify="right")
+    shown.add_column("violations", justify="right")
+    for check, (rule, looked_at) in report.looked_at.items():
+        broken = sum(violation.check == check for violation in report.violations)
+        shown.add_row(str(rule), check, str(looked_at), str(broken))
+    return shown
+
+
+def _list(console: Console, violations: list[str]) -> None:
+    for violation in violations[:_SHOWN]:
+        console.print(violation, highlight=False, soft_wrap=True, markup=False)
+    if len(violations) > _SHOWN:
+        console.print(f"... and {len(violations) - _SHOWN} more")
+    console.print(f"{len(violations)} violations" if violations else "no violation")
+
+
+def _say(console: Console, result: Result) -> None:
+    console.print(
+        f"{sum(result.faults.values())} faults in {result.seconds:.0f} s; {result.steps} steps, "
+        f"{result.waits} waits, {result.adopted} versions adopted, {result.roots_computed} roots computed "
+        f"again, {sum(result.lives.values())} lives of {len(result.lives)} jobs",
+        soft_wrap=True,
+    )
+    _list(console, result.violations)
+    if result.folder is not None:
+        console.print(f"histories: {result.folder}", highlight=False, soft_wrap=True)
+
+
+def _as_json(report: Report) -> dict[str, object]:
+    return {
+        "events": len(report.history.events),
+        "missing": report.history.holes,
+        "torn": report.history.torn,
+        "checks": {check: count for check, (_, count) in report.looked_at.items()},
+        "violations": [
+            {
+                "rule": violation.rule,
+                "check": violation.check,
+                "message": violation.message,
+                "events": [json.loads(event.line()) for event in violation.events],
+            }
+            for violation in report.violations
+        ],
+    }

@@ -1,0 +1,239 @@
+"""Two training jobs against one service, and random faults; the checker judges what they recorded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from preconditioner_protos.history import HistoryRecorder, Kind
+from preconditioner_worker.faults.cast import Job
+from preconditioner_worker.faults.catalogue import CATALOGUE, Stage
+from preconditioner_worker.faults.proxy import Proxy
+from preconditioner_worker.faults.schedule import Planned, schedule
+from preconditioner_worker.faults.service import LocalService, ServiceError
+from preconditioner_worker.faults.trainee import Mode
+from preconditioner_worker.history import Expectations, Report, examine
+
+JOBS: Sequence[tuple[str, Mode]] = (("eager", "eager"), ("scheduled", "scheduled"))
+"""Names and modes of adoption of the jobs."""
+
+RECOVERY_SECONDS = 60.0
+"""Within which every job must adopt a version again once all is healed.
+
+Keepalive finds a half-open connection after 30 s at most, and the pause before the next attempt is 5 s."""
+
+_SERVICE_PATIENCE = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one soak.
+
+    Attributes:
+        seed: of the schedule.
+        seconds: from the first fault to the last heal.
+        faults: how many of each kind were injected.
+        steps: of all jobs.
+        adopted: versions, of all jobs.
+        waits: steps that waited for the service.
+        lives: processes of each job.
+        roots_computed: again, by the checker.
+        looked_at: of every check how many things it held against its rule.
+        holes: events that are known to be missing, other than a killed process's last.
+        violations: what broke a rule.
+        folder: of the histories; None if they were removed, since nothing was broken.
+    """
+
+    seed: int
+    seconds: float
+    faults: dict[str, int]
+    steps: int
+    adopted: int
+    waits: int
+    lives: dict[str, int]
+    roots_computed: int
+    looked_at: dict[str, int]
+    holes: int
+    violations: list[str] = field(default_factory=list)
+    folder: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def soak(
+    minutes: float,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Run it.
+
+    Args:
+        minutes: from the first fault to the last.
+        seed: of the schedule.
+        folder: for histories and logs, kept whatever happens; None: a temporary one, kept on a violation.
+        report: told of every fault.
+
+    Raises:
+        ServiceError: the service could not be started, or started again.
+    """
+    keep = folder is not None
+    place = Path(tempfile.mkdtemp(prefix="preconditioner-soak-")) if folder is None else folder
+    place.mkdir(parents=True, exist_ok=True)
+    faults, jobs, seconds = _torment(minutes, seed, place, report)
+    histories = [place / "service.jsonl", place / "faults.jsonl", *(h for job in jobs for h in job.histories)]
+    judged = examine(
+        [path for path in histories if path.exists()],
+        expectations=Expectations(matrices=place / "matrices", recovery_seconds=RECOVERY_SECONDS),
+    )
+    result = _result(seed, seconds, faults, jobs, judged, place)
+    if not keep and not judged.violations:
+        shutil.rmtree(place)
+    return result
+
+
+def _torment(
+    minutes: float, seed: int, place: Path, report: Callable[[str], None]
+) -> tuple[Counter[str], list[Job], float]:
+    with ExitStack() as stack:
+        recorder = HistoryRecorder(place / "faults.jsonl", "harness")
+        stack.callback(recorder.close)
+        service = LocalService(
+            arguments=(
+                "--history-file", str(place / "service.jsonl"),
+                "--history-matrices", str(place / "matrices"),
+                # A batch that a frozen actor holds is given up soon.
+                "--batch-patience", str(_SERVICE_PATIENCE),
+            ),
+            log=place / "service.log",
+        )  # fmt: skip
+        stack.enter_context(service)
+        jobs = []
+        for number, (name, mode) in enumerate(JOBS):
+            link = stack.enter_context(Proxy(service.address, seed=seed + number))
+            job = Job(name, mode, link, place, service.token, seed + number)
+            stack.callback(job.stop)
+            job.start()
+            jobs.append(job)
+        _until_all_adopt(jobs, 60.0)
+        began = time.monotonic()
+        counts = _inject(began + 60.0 * minutes, seed, service, jobs, recorder, report)
+        seconds = time.monotonic() - began
+        report("all is healed; versions must arrive again")
+        _until_all_adopt(jobs, RECOVERY_SECONDS)
+        # The service first, so that it drains under load.
+        service.stop()
+        for job in jobs:
+            job.stop()
+        return counts, jobs, seconds
+
+
+def _inject(
+    until: float,
+    seed: int,
+    service: LocalService,
+    jobs: Sequence[Job],
+    recorder: HistoryRecorder,
+    report: Callable[[str], None],
+) -> Counter[str]:
+    by_name = {job.name: job for job in jobs}
+    counts: Counter[str] = Counter()
+    for number, planned in enumerate(schedule(seed, list(by_name))):
+        time.sleep(planned.pause)
+        if time.monotonic() >= until:
+            break
+        fault, job = CATALOGUE[planned.name], by_name[planned.job]
+        stage = Stage(service, job, planned.draw)
+        target = job.name if fault.about != "service" else "service"
+        about: dict[str, Any] = {
+            "fault": planned.name,
+            "target": target,
+            "stops": job.name if fault.stops else None,
+        }
+        recorder.record(Kind.FAULT_INJECTED, **about)
+        fault.inject(stage)
+        counts[planned.name] += 1
+        time.sleep(planned.hold)
+        fault.heal(stage)
+        recorder.record(Kind.FAULT_HEALED, **about)
+        report(f"{number + 1:4d}  {planned.name} ({target}, {planned.hold:.1f} s)")
+        _tidy(planned, jobs)
+    return counts
+
+
+def _tidy(planned: Planned, jobs: Sequence[Job]) -> None:
+    """A zombie has had its chance once another fault is over; a job that ended by itself is an error."""
+    if planned.name != "zombie trainer":
+        for job in jobs:
+            job.end_zombies()
+    for job in jobs:
+        if not job.alive():
+            raise ServiceError(f"job {job.name} ended by itself; see {job.folder / f'{job.name}.log'}")
+
+
+def _until_all_adopt(jobs: Sequence[Job], seconds: float) -> None:
+    """Wait until every job has adopted once more; the checker judges if it does not."""
+    deadline = time.monotonic() + seconds
+    sizes = {job.name: _size(job.histories[-1]) for job in jobs}
+    waiting = list(jobs)
+    while waiting and time.monotonic() < deadline:
+        time.sleep(0.2)
+        waiting = [job for job in waiting if not _adopted(job.histories[-1], sizes[job.name])]
+    # So that the last of them is seen to go on.
+    time.sleep(0.5)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _adopted(path: Path, offset: int) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        file.seek(offset)
+        return Kind.ADOPTED.value.encode() in file.read()
+
+
+def _result(
+    seed: int, seconds: float, faults: Counter[str], jobs: Sequence[Job], judged: Report, place: Path
+) -> Result:
+    kinds = Counter(event.kind for event in judged.history.events)
+    return Result(
+        seed=seed,
+        seconds=round(seconds, 1),
+        faults={name: faults[name] for name in CATALOGUE},
+        steps=kinds[Kind.STEP_ENDED],
+        adopted=kinds[Kind.ADOPTED],
+        waits=kinds[Kind.WAIT_BEGUN],
+        lives={job.name: job.lives for job in jobs},
+        roots_computed=judged.looked_at["roots"][1],
+        looked_at={check: count for check, (_, count) in judged.looked_at.items()},
+        holes=judged.history.holes,
+        violations=[str(violation) for violation in judged.violations],
+        folder=str(place) if judged.violations else None,
+    )
+
+
+def table(result: Result) -> Table:
+    """Counts of each fault, and the verdict below."""
+    shown = Table(title=f"soak, seed {result.seed}", title_justify="left")
+    shown.add_column("fault")
+    shown.add_column("injected", justify="right")
+    for name, count in result.faults.items():
+        shown.add_row(name, str(count))
+    shown.add_section()
+    shown.add_row("all", str(sum(result.faults.values())))
+    return shown
