@@ -8,12 +8,12 @@ from concurrent import futures
 
 import grpc
 import pytest
+import torch
 
 from exchange_session import collect, opened, session, snapshot
 from fake_front import FakeFront, until
-from preconditioner_client.exchange import (
-    ExchangeError,
-)
+from preconditioner_client import ServiceConfig, Shampoo
+from preconditioner_client.exchange import ExchangeError
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
 
@@ -179,3 +179,17 @@ def test_tls_on_one_side_only_is_told_at_construction(connect, certificates):
     finally:
         secure.stop()
         plain.stop()
+
+
+def test_a_new_life_of_a_job_has_a_larger_epoch_though_the_clock_was_set_back(front):
+    newest = 1 << 62  # of a trainer whose clock went ahead
+    front.jobs = [pb.JobStatus(job="restarted", epoch=newest), pb.JobStatus(job="other", epoch=2 * newest)]
+    parameter = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = Shampoo([parameter], service=ServiceConfig(address=front.address, job="restarted"))
+    try:
+        parameter.grad = torch.ones(3, 3)
+        optimizer.step()
+        until(lambda: front.opens)
+        assert front.opens[0].epoch == newest + 1
+    finally:
+        optimizer.close()
