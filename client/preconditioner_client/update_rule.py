@@ -108,6 +108,9 @@ def apply_updates(
     if group["momentum"] > 0:
         found = _momentum(group, [p for p, _ in present], states, found, guard)
     lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.device.type == "cpu":
+        # Nothing is waited for, and it rounds as a number does, also where parameters are in half precision.
+        lr = float(lr)
     decay = group["weight_decay"]
     if decay != 0 and group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
         if guard is None:
@@ -118,14 +121,9 @@ def apply_updates(
             guard.clear_(found)
     found = cast_like(found, params)
     if isinstance(lr, torch.Tensor):
-        # On the host a number for every device, on an accelerator only its own.
-        torch._foreach_sub_(params, [u * _rate(lr, u) for u in found])
+        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in found])
     else:
         torch._foreach_add_(params, found, alpha=-lr)
-
-
-def _rate(lr: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    return lr.to(update.dtype) if lr.device.type == "cpu" else lr.to(update.device, update.dtype)
 
 
 def cast_like(tensors: Tensors, like: Tensors) -> Tensors:

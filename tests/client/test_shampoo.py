@@ -235,6 +235,21 @@ def test_a_learning_rate_scheduler_and_a_tensor_learning_rate():
     torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_a_tensor_learning_rate_is_the_number_that_it_holds(dtype, decoupled):
+    weights = []
+    for lr in (torch.tensor(3e-2).item(), torch.tensor(3e-2)):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(4, 3, dtype=dtype))
+        optimizer = local([p], lr=lr, weight_decay=0.1, decoupled_weight_decay=decoupled)
+        for _ in range(4):
+            p.grad = torch.randn(4, 3).to(dtype)
+            optimizer.step()
+        weights.append(p.detach())
+    assert torch.equal(*weights)
+
+
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
     model, loss = regression()
     optimizer = local(model.parameters(), lr=1e-2)
