@@ -11,8 +11,6 @@ import ctypes
 import enum
 import logging
 import os
-import socket
-import ssl
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import grpc
 
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.service_config import ServiceConfig, is_loopback
+from preconditioner_client.tls_probe import why_no_tls
 from preconditioner_protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
@@ -208,8 +207,7 @@ def preflight(config: ServiceConfig) -> pb.GetStatusResponse | None:
             failure = explain(error, config.address)
             if failure.outcome is not Outcome.RETRY:
                 raise ExchangeError(failure.message) from None
-            mismatch = _tls_mismatch(config, error.details() or "")
-            if mismatch is not None:
+            if (mismatch := why_no_tls(config)) is not None:
                 raise ExchangeError(mismatch) from None
             warn_unreachable(failure.message)
             return None
@@ -224,31 +222,6 @@ def warn_unreachable(reason: str) -> None:
         "where there is none; the connection is tried again in the background.",
         reason,
     )
-
-
-def _tls_mismatch(config: ServiceConfig, details: str) -> str | None:
-    """Why the ends cannot understand each other, if it is TLS."""
-    address = config.address
-    if config.tls:
-        if not any(word in details.lower() for word in ("handshake", "ssl", "certificate", "tls")):
-            return None
-        return (
-            f"no TLS connection with {address} ({details}): the service speaks plaintext, or its certificate "
-            f"is not trusted for this name (tls_ca), or it wants one of this client (tls_cert, tls_key)"
-        )
-    host, _, port = address.rpartition(":")
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # only asks whether TLS is spoken; nothing is sent over it
-    context.set_alpn_protocols(["h2"])
-    try:
-        with socket.create_connection(
-            (host.strip("[]"), int(port)), timeout=min(1.0, config.connect_timeout)
-        ) as plain:
-            context.wrap_socket(plain).close()
-    except (OSError, ValueError):
-        return None
-    return f"the service at {address} speaks TLS: set tls=True, and tls_ca for a private authority"
 
 
 def _read(path: str | None, name: str) -> bytes | None:

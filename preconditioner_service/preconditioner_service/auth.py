@@ -1,41 +1,41 @@
-"""Who may call: one bearer token, checked on every call before anything else is looked at.
+"""Authentication of every call by its bearer token, before anything else of it is looked at.
 
 The standard health service alone is open, since probes of load balancers and Kubernetes carry no token; it
-tells no more than SERVING or NOT_SERVING.
+tells no more than SERVING or NOT_SERVING. What a token opens is checked by the calls themselves, with
+:func:`current_caller`.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from preconditioner_service.policy import Caller, Policy
+
 _OPEN = "/grpc.health.v1.Health/"
-_SCHEME = "Bearer "
-_MAX_HEADER_BYTES = 4096
+
+_caller: ContextVar[Caller] = ContextVar("caller")
 
 
-def token_matches(header: str | bytes | None, token: str) -> bool:
-    """Whether an ``authorization`` header carries this token; takes the same time for every wrong one."""
-    if header is None or len(header) > _MAX_HEADER_BYTES:
-        return False
-    given = header if isinstance(header, bytes) else header.encode("utf-8", "surrogateescape")
-    return hmac.compare_digest(given, (_SCHEME + token).encode())
+def current_caller() -> Caller:
+    """Who makes the call that the current task handles."""
+    return _caller.get()
 
 
 class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Ends calls without the token with UNAUTHENTICATED, whatever their method.
+    """Ends calls without a good token with UNAUTHENTICATED, whatever their method.
 
     Args:
-        token: the secret.
+        policy: as it is now.
         refused: called with the method of every refused call, for the log.
     """
 
-    def __init__(self, token: str, refused: Callable[[str], None]) -> None:
-        self._token = token
+    def __init__(self, policy: Callable[[], Policy], refused: Callable[[str], None]) -> None:
+        self._policy = policy
         self._refused = refused
 
     async def intercept_service(
@@ -48,10 +48,12 @@ class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if method.startswith(_OPEN):
             return await continuation(handler_call_details)
         headers = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        if len(headers) == 1 and token_matches(headers[0], self._token):
-            return await continuation(handler_call_details)
-        self._refused(method)
-        return _refusal("the call carries no token" if not headers else "wrong token")
+        caller = self._policy().caller(headers[0]) if len(headers) == 1 else None
+        if caller is None:
+            self._refused(method)
+            return _refusal("the call carries no token" if not headers else "wrong token")
+        _caller.set(caller)  # the handler runs in this very task
+        return await continuation(handler_call_details)
 
 
 def _refusal(why: str) -> grpc.RpcMethodHandler:

@@ -13,6 +13,7 @@ from enum import Enum, auto
 from preconditioner_protos.history import Kind
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.history import ServiceHistory
+from preconditioner_service.quotas import Usage
 from preconditioner_service.sessions import Footprint, Job, Plan, Session, Stream
 from preconditioner_service.shares import Share
 
@@ -76,12 +77,17 @@ class Board:
         """The open session of that id."""
         return self._sessions.get(session_id)
 
-    def held_by_job(self, request: pb.OpenSessionRequest) -> int:
-        """Budgets, in bytes, of the sessions that will stand beside the one asked for."""
+    def used_beside(self, request: pb.OpenSessionRequest) -> Usage:
+        """What the job's sessions hold that will stand beside the one asked for."""
         job = self._jobs.get(request.job)
         if job is None or job.epoch != request.epoch:
-            return 0
-        return sum(other.budget_bytes for rank, other in job.sessions.items() if rank != request.rank)
+            return Usage()
+        others = [other for rank, other in job.sessions.items() if rank != request.rank]
+        return Usage(
+            len(others),
+            sum(len(other.blocks) for other in others),
+            sum(other.budget_bytes for other in others),
+        )
 
     def check(self, request: pb.OpenSessionRequest, footprint: Footprint) -> list[Session]:
         """Whether a session would be opened, before anything is made for it.

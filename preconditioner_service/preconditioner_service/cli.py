@@ -1,32 +1,35 @@
-"""``preconditioner-service serve`` and ``preconditioner-service bench``."""
+"""The command line: ``preconditioner-service serve | token | certs | bench``."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 _USAGE = """\
 usage: preconditioner-service COMMAND [OPTIONS]
 
 commands:
   serve   compute preconditioners for training jobs: a gRPC server before a pool of Ray actors
+  token   make a bearer token
+  certs   make a development authority and certificates for TLS
   bench   measure this machine's roots
 
 'preconditioner-service COMMAND --help' lists the options of a command.
 """
 
-_NEEDED = ("pydantic_settings", "grpc_health", "ray", "scipy", "threadpoolctl")
+_NEEDED = ("pydantic_settings", "cryptography", "grpc_health", "ray", "scipy", "threadpoolctl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 2 for wrong arguments, 1 for what failed later."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
-    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "bench": _bench}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": _serve,
+        "token": _command("Token"),
+        "certs": _command("Certs"),
+        "bench": _bench,
+    }
     if command in ("-h", "--help"):
         sys.stdout.write(_USAGE)
         return 0
@@ -43,13 +46,13 @@ def _serve(arguments: list[str]) -> int:
     from pydantic import ValidationError
     from pydantic_settings import CliApp, SettingsError
 
+    from preconditioner_service.mistakes import explain
     from preconditioner_service.settings import ServeSettings
 
     try:
         settings = CliApp.run(ServeSettings, cli_args=arguments)
-        settings.read_token()
     except ValidationError as error:
-        return _refuse(_explain(error), 2)
+        return _refuse(explain(error), 2)
     except SettingsError as error:
         return _refuse(str(error), 2)
     from preconditioner_service import serve
@@ -79,6 +82,36 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
+def _command(name: str) -> Callable[[list[str]], int]:
+    """One of :mod:`preconditioner_service.commands`."""
+
+    def run(arguments: list[str]) -> int:
+        if (missing := _missing()) is not None:
+            return complain(missing, 1)
+        from pydantic import ValidationError
+        from pydantic_settings import CliApp, SettingsError
+
+        from preconditioner_service import commands
+        from preconditioner_service.files import FileError
+        from preconditioner_service.mistakes import explain
+
+        try:
+            CliApp.run(getattr(commands, name), cli_args=arguments)
+        except ValidationError as error:
+            return complain(explain(error), 2)
+        except SettingsError as error:
+            return complain(str(error), 2)
+        except FileError as error:
+            return complain(str(error), 1)
+        return 0
+
+    def complain(reason: str, status: int) -> int:
+        sys.stderr.write(f"preconditioner-service {name.lower()}: {reason}\n")
+        return status
+
+    return run
+
+
 def _missing() -> str | None:
     for name in _NEEDED:
         try:
@@ -98,15 +131,3 @@ def _refuse(reason: str, status: int) -> int:
     sys.stdout.write(json.dumps({"event": "failed", "reason": reason}) + "\n")
     sys.stdout.flush()
     return status
-
-
-def _explain(error: ValidationError) -> str:
-    """One sentence per mistake, without the values, which may be secret."""
-    sentences = []
-    for mistake in error.errors(include_url=False, include_input=False, include_context=False):
-        name = ".".join(str(part) for part in mistake["loc"])
-        text = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] == "extra_forbidden":
-            text = "unknown setting"
-        sentences.append(f"{name}: {text}" if name else text)
-    return "; ".join(sentences)

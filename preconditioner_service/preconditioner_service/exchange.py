@@ -124,6 +124,11 @@ class ExchangeStream:
             self._end.set_result(EndOfStream(code, details))
 
     @property
+    def job(self) -> str:
+        """Name of the session's job."""
+        return self._session.job.name
+
+    @property
     def unanswered(self) -> int:
         """Preconditioners that were sent and not receipted."""
         return len(self._sent)

@@ -30,13 +30,15 @@ from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
 from preconditioner_service.calls import WaitingRoom
 from preconditioner_service.dispatcher import Dispatcher
+from preconditioner_service.files import FileError
 from preconditioner_service.health import Health
 from preconditioner_service.history import HELD_SECONDS, ServiceHistory
 from preconditioner_service.logs import event, limited
 from preconditioner_service.parent import ParentWatch
+from preconditioner_service.policy import Policy
 from preconditioner_service.pool import PoolError, PoolSettings, RayPool
 from preconditioner_service.quarantine import Quarantine, QuarantineLimits
-from preconditioner_service.quotas import Quotas
+from preconditioner_service.reloading import POLL_SECONDS
 from preconditioner_service.server import ExchangeLimits, Service, enable_reflection
 from preconditioner_service.settings import ServeSettings, is_loopback
 
@@ -46,6 +48,10 @@ _STOP_SECONDS = 1.0
 
 class ServeError(Exception):
     """The service cannot start; the text names the way out."""
+
+
+class RayLostError(Exception):
+    """Ray went away under a running service; the text says how."""
 
 
 def claim_stdout() -> TextIO:
@@ -70,10 +76,15 @@ def run(settings: ServeSettings, out: TextIO) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     try:
         asyncio.run(_Run(settings, out).main())
-    except (ServeError, PoolError, HistoryError) as error:
+    except (ServeError, PoolError, HistoryError, FileError) as error:
         event(logging.ERROR, "failed", reason=error)
         announce(out, event="failed", reason=str(error))
         return 1
+    except RayLostError as error:
+        event(logging.ERROR, "failed", reason=error)
+        # Hard, since Ray's library waits at the end of the process for its head.
+        sys.stderr.flush()
+        os._exit(1)
     return 0
 
 
@@ -81,7 +92,9 @@ class _Run:
     def __init__(self, settings: ServeSettings, out: TextIO) -> None:
         self._settings = settings
         self._out = out
-        self._token = settings.read_token()
+        self._access = settings.open_policy()
+        self._tls = None if settings.tls_cert is None else settings.open_tls()
+        self._ray_lost = ""
         self._stop = asyncio.Event()
         self._grace = settings.drain_grace
         self._dispatcher = Dispatcher(
@@ -115,11 +128,7 @@ class _Run:
         self._service = Service(
             self._board,
             self._dispatcher,
-            Quotas(
-                max_blocks=settings.max_blocks,
-                max_side=settings.max_side,
-                max_job_bytes=settings.max_job_bytes,
-            ),
+            self._policy,
             ExchangeLimits(
                 max_message_bytes=settings.max_message_bytes,
                 credit_bytes=settings.credit_bytes,
@@ -137,19 +146,30 @@ class _Run:
         stopping = asyncio.create_task(self._stop.wait())
         # Ray's processes are forked from this one, and gRPC's threads would make that a gamble: Ray first.
         starting = asyncio.create_task(self._pool.start())
+        watching: asyncio.Task[None] | None = None
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await starting
+                watching = asyncio.create_task(self._watch_ray())
                 await self._serve(stopping)
         finally:
             stopping.cancel()
             starting.cancel()
+            if watching is not None:
+                watching.cancel()
             await self._dispatcher.stop()
             await self._pool.stop()
             if self._history is not None:
                 self._history.close()
             event(logging.INFO, "stopped")
+        if self._ray_lost:
+            raise RayLostError(self._ray_lost)
+
+    async def _watch_ray(self) -> None:
+        why = await self._pool.until_lost()
+        self._ray_lost = f"Ray is lost: {why}; start the service again once it is back"
+        self._hurry()
 
     async def _serve(self, stopping: asyncio.Task[Any]) -> None:
         server = self._server()
@@ -157,6 +177,7 @@ class _Run:
         await server.start()
         await self._health.set(True)
         expiring = asyncio.create_task(self._service.expire_sessions())
+        reloading = asyncio.create_task(self._keep_reloading())
         recording = asyncio.create_task(self._record_held())
         try:
             self._ready(address)
@@ -171,6 +192,7 @@ class _Run:
                 self._history.drain_ended(settled)
         finally:
             expiring.cancel()
+            reloading.cancel()
             recording.cancel()
             await server.stop(_STOP_SECONDS)
 
@@ -190,6 +212,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload, True)
         loop.add_signal_handler(signal.SIGUSR1, self._release)
 
         def orphaned(sign: str) -> None:
@@ -208,6 +231,21 @@ class _Run:
     def _release(self) -> None:
         event(logging.INFO, "quarantines ended", signal="SIGUSR1", blocks=self._dispatcher.release())
 
+    def _policy(self) -> Policy:
+        return self._access.value
+
+    def _reload(self, at_once: bool = False) -> None:
+        """Use what changed of tokens, jobs and certificates."""
+        if self._tls is not None:
+            self._tls.reloading.refresh(at_once=at_once)
+        if self._access.refresh(at_once=at_once):
+            self._service.policy_changed()
+
+    async def _keep_reloading(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            self._reload()
+
     def _hurry(self) -> None:
         self._grace = 0.0
         self._service.end_streams()
@@ -220,7 +258,7 @@ class _Run:
             limited(logging.WARNING, "unauthenticated", None, method=method[:100])
 
         server = grpc.aio.server(
-            interceptors=[BearerToken(self._token, refused)],
+            interceptors=[BearerToken(self._policy, refused)],
             maximum_concurrent_rpcs=settings.max_streams,
             options=wire.channel_options(settings),
         )
@@ -252,32 +290,15 @@ class _Run:
         settings = self._settings
         host = f"[{settings.host}]" if ":" in settings.host and "[" not in settings.host else settings.host
         try:
-            if settings.tls_cert is None:
+            if self._tls is None:
                 if not is_loopback(settings.host):
                     event(logging.WARNING, "plaintext", host=settings.host, note="tokens travel readable")
                 port = server.add_insecure_port(f"{host}:{settings.port}")
             else:
-                port = server.add_secure_port(f"{host}:{settings.port}", _credentials(settings))
+                port = server.add_secure_port(f"{host}:{settings.port}", self._tls.credentials())
         except RuntimeError as error:
             raise self._cannot_listen(str(error)) from None
         return f"{host}:{port}"
-
-
-def _credentials(settings: ServeSettings) -> grpc.ServerCredentials:
-    def read(path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ServeError(f"{path}: {error.strerror}") from None
-
-    assert settings.tls_cert is not None  # by the settings' own check
-    assert settings.tls_key is not None
-    roots = None if settings.tls_client_ca is None else read(settings.tls_client_ca)
-    return grpc.ssl_server_credentials(
-        [(read(settings.tls_key), read(settings.tls_cert))],
-        root_certificates=roots,
-        require_client_auth=roots is not None,
-    )
 
 
 def _write_whole(path: Path, text: str) -> None:

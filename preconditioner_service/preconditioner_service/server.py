@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from preconditioner_protos import PROTOCOL_VERSION, ManifestError, check_open_request
+from preconditioner_protos import PROTOCOL_VERSION, ManifestError, check_job, check_open_request
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.auth import current_caller
 from preconditioner_service.board import Admission, AdmissionError, Board
 from preconditioner_service.calls import Context, EndOfStream, answer
 from preconditioner_service.decoding import decode_open_request, decode_trainer_message
@@ -24,8 +25,9 @@ from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.exchange import ExchangeStream, Turns
 from preconditioner_service.logs import event, limited
 from preconditioner_service.openings import Openings, Run
-from preconditioner_service.quotas import QuotaError, Quotas
-from preconditioner_service.sessions import Footprint, Plan, Session
+from preconditioner_service.policy import Caller, Grant, Policy
+from preconditioner_service.quotas import QuotaError, Usage
+from preconditioner_service.sessions import Footprint, Job, Plan, Session
 
 SERVICE = "preconditioner_protos.v1.PreconditionerService"
 
@@ -52,7 +54,7 @@ class Service:
     Args:
         board: all state.
         dispatcher: computes what arrives.
-        quotas: of one session.
+        policy: who may open which jobs, and what these may have, as it is now.
         limits: of streams.
         version: of the software, for GetStatus.
         workers: how many actors live.
@@ -62,7 +64,7 @@ class Service:
         self,
         board: Board,
         dispatcher: Dispatcher,
-        quotas: Quotas,
+        policy: Callable[[], Policy],
         limits: ExchangeLimits,
         *,
         version: str,
@@ -70,13 +72,13 @@ class Service:
     ) -> None:
         self._board = board
         self._dispatcher = dispatcher
-        self._quotas = quotas
+        self._policy = policy
         self._limits = limits
         self._version = version
         self._workers = workers
         self._service_id = secrets.token_hex(8)
         self._began = time.monotonic()
-        self._streams: set[ExchangeStream] = set()
+        self._streams: dict[ExchangeStream, Caller] = {}
         self._turns = Turns()
         self._openings = Openings()
         self._grace: float | None = None
@@ -85,7 +87,7 @@ class Service:
         """See the protocol. Raises ``EndOfStream``, as all calls do."""
         self._available()
         async with self._openings.turn(len(data)) as run:
-            request = await run(decode_open_request, data, self._quotas.max_blocks)
+            request = await run(decode_open_request, data, self._policy().most_blocks)
             try:
                 session = await self._open(request, run)
             except EndOfStream as refusal:
@@ -122,11 +124,16 @@ class Service:
             )
         manifest = request.manifest
         try:
-            self._quotas.check_size(manifest)
+            check_job(request.job)
+            grant = self._authorize(request.job)
+            grant.quotas.check_size(manifest)
             await run(check_open_request, request)
-            await run(self._quotas.check, manifest, self._board.held_by_job(request))
-            self._board.check(request, await run(Footprint.of, manifest))
-            session, fenced = self._board.open(request, await run(Plan, request))
+            await run(grant.quotas.check_sides, manifest)
+            footprint = await run(Footprint.of, manifest)
+            self._check(request, grant, footprint)
+            plan = await run(Plan, request)
+            self._check(request, grant, footprint)  # others may have been opened meanwhile
+            session, fenced = self._board.open(request, plan)
         except ManifestError as error:
             raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except QuotaError as error:
@@ -136,6 +143,7 @@ class Service:
         for old in fenced:
             self._dispatcher.close(old)
             _say("session fenced", old, by_epoch=request.epoch)
+        self._govern(session.job)
         self._dispatcher.open(session)
         _say(
             "session opened",
@@ -147,6 +155,42 @@ class Service:
             client=session.client,
         )
         return session
+
+    def _authorize(self, job: str) -> Grant:
+        policy = self._policy()
+        if not policy.opens(current_caller(), job):
+            raise EndOfStream(
+                grpc.StatusCode.PERMISSION_DENIED, f"the token does not open job {job!r}: use that job's"
+            )
+        grant = policy.grant(job)
+        assert grant is not None  # or it would open for nobody
+        return grant
+
+    def _check(self, request: pb.OpenSessionRequest, grant: Grant, footprint: Footprint) -> None:
+        grant.check_jobs(request.job, (job.name for job in self._board.jobs))
+        own = Usage(1, len(request.manifest.blocks), footprint.packed)
+        grant.quotas.check_job(request.job, self._board.used_beside(request), own)
+        self._board.check(request, footprint)
+
+    def _govern(self, job: Job) -> None:
+        if (grant := self._policy().grant(job.name)) is not None:
+            grant.quotas.govern(job.share, grant.weight)
+
+    def policy_changed(self) -> None:
+        """End the streams that would not be let in any more, and give jobs what they may have from now on."""
+        policy = self._policy()
+        for stream, caller in self._streams.items():
+            if not policy.knows(caller):
+                stream.end_with(
+                    grpc.StatusCode.UNAUTHENTICATED, "the token is no longer good: use the new one"
+                )
+            elif not policy.opens(caller, stream.job):
+                stream.end_with(
+                    grpc.StatusCode.PERMISSION_DENIED, f"the token no longer opens job {stream.job!r}"
+                )
+        for job in self._board.jobs:
+            self._govern(job)
+        self._dispatcher.kick()
 
     async def Exchange(self, data: bytes, context: Context) -> None:
         """See the protocol.
@@ -170,7 +214,7 @@ class Service:
             why = str(end)
             raise
         finally:
-            self._streams.discard(stream)
+            del self._streams[stream]
             if self._board.detach(session, stream):
                 _say("stream detached", session, why=why)
 
@@ -181,6 +225,7 @@ class Service:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "session_id: unknown here (restarted service, expired or closed session): open a new one",
             )
+        self._authorize(session.job.name)
         if attach.epoch != session.epoch:
             raise EndOfStream(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -199,7 +244,7 @@ class Service:
             turns=self._turns,
         )
         older = self._board.attach(session, stream)
-        self._streams.add(stream)
+        self._streams[stream] = current_caller()
         _say("stream attached", session, peer=context.peer(), superseded=older is not None)
         if self._grace is not None:
             stream.drain(self._grace)
@@ -212,6 +257,7 @@ class Service:
         """See the protocol."""
         session = self._board.find(request.session_id)
         if session is not None:
+            self._authorize(session.job.name)
             self._board.close(session, "the trainer closed the session")
             self._dispatcher.close(session)
             _say("session closed", session, why="by the trainer")
@@ -219,6 +265,7 @@ class Service:
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         """See the protocol."""
+        policy, caller = self._policy(), current_caller()
         return pb.GetStatusResponse(
             protocol_version_min=PROTOCOL_VERSION,
             protocol_version_max=PROTOCOL_VERSION,
@@ -227,7 +274,7 @@ class Service:
             draining=self._grace is not None,
             workers=self._workers(),
             uptime_seconds=time.monotonic() - self._began,
-            jobs=self._board.status(),
+            jobs=(job for job in self._board.status() if policy.sees(caller, job.job)),
         )
 
     def _available(self) -> None:

@@ -6,6 +6,7 @@ default. Unknown keys are errors everywhere, as a setting with a typing mistake 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -17,6 +18,13 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from preconditioner_protos import MAX_MESSAGE_BYTES
+from preconditioner_service import toml
+from preconditioner_service.access import open_policy
+from preconditioner_service.policy import Policy
+from preconditioner_service.quotas import Quotas
+from preconditioner_service.reloading import Reloading
+from preconditioner_service.tls import ServerTls
+from preconditioner_service.tokens import read_tokens
 
 ENV_PREFIX = "PRECONDITIONER_SERVICE_"
 MIB = 1024 * 1024
@@ -25,6 +33,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
 
+
+PositiveLimit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -65,7 +75,10 @@ class ServeSettings(BaseSettings):
         None,
         description=f"bearer token of all calls; prefer {ENV_PREFIX}TOKEN or --token-file to an argument",
     )
-    token_file: Path | None = Field(None, description="file that holds the token")
+    token_file: Path | None = Field(None, description="file that holds the token, or several, one a line")
+    jobs_file: Path | None = Field(
+        None, description="TOML file of the tokens, weight and quotas of each job; see the service's README"
+    )
     tls_cert: Path | None = Field(None, description="PEM certificate chain of the server")
     tls_key: Path | None = Field(None, description="PEM private key of the server")
     tls_client_ca: Path | None = Field(
@@ -112,8 +125,15 @@ class ServeSettings(BaseSettings):
     credit_bytes: int = Field(64 * MIB, ge=MIB, description="packed bytes unanswered per stream, either way")
     session_ttl: Seconds = Field(60.0, description="seconds that a session outlives its broken stream")
     drain_grace: Seconds = Field(20.0, description="seconds to finish acknowledged work after SIGTERM")
-    max_blocks: PositiveInt = Field(65536, description="per session")
+    max_sessions: PositiveInt = Field(4096, description="of a job, one per rank")
+    max_blocks: PositiveInt = Field(65536, description="of a job, over all ranks")
     max_side: PositiveInt = Field(8192, description="largest side of a block")
+    max_in_flight_seconds: PositiveLimit | None = Field(
+        None, description="estimated work of a job at the workers at a time; one block always may be"
+    )
+    max_refresh_rate: PositiveLimit | None = Field(
+        None, description="blocks of a job that are computed a second; beyond it they wait, the newest wins"
+    )
     max_job_bytes: int = Field(
         default_factory=lambda: physical_memory() // 4,
         ge=1,
@@ -183,17 +203,20 @@ class ServeSettings(BaseSettings):
 
     @field_validator("token")
     @classmethod
-    def _long_enough(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and not token.get_secret_value().strip():
-            raise ValueError("is empty")
-        return token
+    def _one_token(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is None:
+            return None
+        found = read_tokens(token.get_secret_value())
+        if len(found) > 1:
+            raise ValueError("holds several lines; --token-file may")
+        return SecretStr(found[0])
 
     @model_validator(mode="after")
     def _consistent(self) -> ServeSettings:
-        if (self.token is None) == (self.token_file is None):
+        if [self.token, self.token_file, self.jobs_file].count(None) != 2:
             raise ValueError(
-                f"one of token and token_file is needed: set {ENV_PREFIX}TOKEN or give --token-file PATH; "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes a token"
+                f"one of token, token_file and jobs_file is needed: set {ENV_PREFIX}TOKEN, or give "
+                "--token-file PATH or --jobs-file PATH; 'preconditioner-service token PATH' makes a token"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key are needed together")
@@ -208,22 +231,35 @@ class ServeSettings(BaseSettings):
             )
         return self
 
-    def read_token(self) -> str:
-        """The token itself.
+    def open_policy(self) -> Reloading[Policy]:
+        """Who may call, and what each job may have.
 
         Raises:
-            SettingsError: the token file cannot be read or is empty.
+            FileError: the token or jobs file cannot be used.
         """
-        if self.token is not None:
-            return self.token.get_secret_value().strip()
-        assert self.token_file is not None  # by _consistent
-        try:
-            token = self.token_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"token_file {self.token_file}: {error}") from None
-        if not token:
-            raise SettingsError(f"token_file {self.token_file} is empty")
-        return token
+        return open_policy(
+            token=None if self.token is None else self.token.get_secret_value(),
+            token_file=self.token_file,
+            jobs=self.jobs_file,
+            defaults=Quotas(
+                max_sessions=self.max_sessions,
+                max_blocks=self.max_blocks,
+                max_side=self.max_side,
+                max_job_bytes=self.max_job_bytes,
+                max_in_flight_seconds=self.max_in_flight_seconds or math.inf,
+                max_refresh_rate=self.max_refresh_rate or math.inf,
+            ),
+        )
+
+    def open_tls(self) -> ServerTls:
+        """What TLS handshakes are made with; needs ``tls_cert``.
+
+        Raises:
+            FileError: a certificate or key cannot be used.
+        """
+        assert self.tls_cert is not None
+        assert self.tls_key is not None  # by _consistent
+        return ServerTls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
 
 def is_loopback(host: str) -> bool:
@@ -271,14 +307,6 @@ class _TomlFile(PydanticBaseSettingsSource):
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
     try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
-        except ModuleNotFoundError:
-            raise SettingsError("--config needs Python 3.11, or 'pip install tomli'") from None
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except (OSError, ValueError) as error:
+        return toml.parse(path.read_bytes())
+    except (OSError, toml.TomlError) as error:
         raise SettingsError(f"config {path}: {error}") from None

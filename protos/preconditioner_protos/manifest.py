@@ -128,14 +128,23 @@ def check_manifest(manifest: pb.Manifest) -> None:
                 )
 
 
+def check_job(job: str) -> None:
+    """Hold a job's name against the protocol.
+
+    Raises:
+        ManifestError: naming the value.
+    """
+    if not JOB_PATTERN.fullmatch(job):
+        raise ManifestError(f"job {job[:80]!r} is not 1 to 200 characters of [A-Za-z0-9._-]")
+
+
 def check_open_request(request: pb.OpenSessionRequest) -> None:
     """Hold all of an ``OpenSessionRequest`` but its protocol version against the protocol.
 
     Raises:
         ManifestError: naming the field and the value.
     """
-    if not JOB_PATTERN.fullmatch(request.job):
-        raise ManifestError(f"job {request.job[:80]!r} is not 1 to 200 characters of [A-Za-z0-9._-]")
+    check_job(request.job)
     if request.world_size < 1 or request.rank >= request.world_size:
         raise ManifestError(
             f"rank {request.rank} and world_size {request.world_size}: needed is 0 <= rank < world_size"

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import shlex
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +8,7 @@ from fake_front import FakeFront
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_client.supervisor import Supervisor
+from preconditioner_service.certificates import make_certificates
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def connect(monkeypatch):
 
 @dataclass(frozen=True)
 class Certificates:
-    """A self-signed certificate for localhost."""
+    """Key and certificate of a server on localhost, and the file of their authority."""
 
     key: bytes
     chain: bytes
@@ -47,13 +45,5 @@ class Certificates:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory) -> Certificates:
-    if (openssl := shutil.which("openssl")) is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    key, chain = folder / "key.pem", folder / "chain.pem"
-    options = shlex.split("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2")
-    options += ["-subj", "/CN=localhost"]
-    options += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    options += ["-keyout", str(key), "-out", str(chain)]
-    subprocess.run([openssl, *options], check=True, capture_output=True)
-    return Certificates(key.read_bytes(), chain.read_bytes(), str(chain))
+    files = make_certificates(tmp_path_factory.mktemp("tls"), ["localhost", "127.0.0.1"])
+    return Certificates(files.server_key.read_bytes(), files.server.read_bytes(), str(files.ca))

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
+from preconditioner_service.files import FileError
 from preconditioner_service.settings import ServeSettings, is_loopback
 
 SECRET = "hush-hush-51d2"
@@ -28,6 +29,12 @@ def parse(*arguments: str) -> ServeSettings:
     return CliApp.run(ServeSettings, cli_args=list(arguments))
 
 
+def opens(settings: ServeSettings, token: str) -> bool:
+    policy = settings.open_policy().value
+    caller = policy.caller(f"Bearer {token}")
+    return caller is not None and policy.opens(caller, "job")
+
+
 @pytest.mark.usefixtures("token")
 def test_precedence(monkeypatch, tmp_path):
     file = tmp_path / "service.toml"
@@ -46,7 +53,8 @@ def test_defaults():
     settings = parse()
     assert (settings.host, settings.port, settings.ray_address) == ("127.0.0.1", 0, None)
     assert settings.num_workers == len(os.sched_getaffinity(0))
-    assert settings.read_token() == SECRET
+    assert opens(settings, SECRET)
+    assert not opens(settings, "another")
     assert SECRET not in repr(settings)
     assert SECRET not in str(settings.model_dump())
 
@@ -74,19 +82,30 @@ def test_files_that_cannot_be_read(tmp_path):
         parse("--config", str(file))
 
 
+@pytest.mark.parametrize(
+    ("token", "why"), [(" ", "empty"), ("a b", "white space"), ("a\nb", "several lines")]
+)
+def test_tokens_that_are_none(monkeypatch, token, why):
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_TOKEN", token)
+    with pytest.raises(ValidationError, match=why):
+        parse()
+
+
 def test_a_token_is_needed_and_one_only(monkeypatch, tmp_path):
     with pytest.raises(ValidationError, match="PRECONDITIONER_SERVICE_TOKEN"):
         parse()
     file = tmp_path / "token"
     file.write_text(f"{SECRET}\n")
-    assert parse("--token-file", str(file)).read_token() == SECRET
-    with pytest.raises(SettingsError, match="missing"):
-        parse("--token-file", str(tmp_path / "missing")).read_token()
+    assert opens(parse("--token-file", str(file)), SECRET)
+    with pytest.raises(FileError, match="missing"):
+        parse("--token-file", str(tmp_path / "missing")).open_policy()
     file.write_text("\n")
-    with pytest.raises(SettingsError, match="empty"):
-        parse("--token-file", str(file)).read_token()
+    with pytest.raises(FileError, match="empty"):
+        parse("--token-file", str(file)).open_policy()
+    with pytest.raises(ValidationError, match="one of token, token_file and jobs_file"):
+        parse("--token-file", str(file), "--jobs-file", str(file))
     monkeypatch.setenv("PRECONDITIONER_SERVICE_TOKEN", SECRET)
-    with pytest.raises(ValidationError, match="one of token and token_file") as caught:
+    with pytest.raises(ValidationError, match="one of token, token_file and jobs_file") as caught:
         parse("--token-file", str(file))
     assert SECRET not in str(caught.value)
 

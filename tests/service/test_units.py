@@ -1,40 +1,21 @@
-"""The small ones: tokens, log lines, quotas, deadlines, the private Ray's environment, the reaper."""
+"""The small ones: log lines, quotas, deadlines, the private Ray's environment, the reaper."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 
 from preconditioner_service import logs, reaper
-from preconditioner_service.auth import token_matches
 from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.pool import deadline
-from preconditioner_service.quotas import QuotaError, Quotas
+from preconditioner_service.quotas import QuotaError, Quotas, Usage
 from preconditioner_service.sessions import MAX_DEPTH, budget_bytes
 from raw_trainer import manifest, wait_for
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        ("Bearer abc", True),
-        (b"Bearer abc", True),
-        ("Bearer abcd", False),
-        ("Bearer ab", False),
-        ("bearer abc", False),
-        ("abc", False),
-        ("", False),
-        (None, False),
-        ("Bearer " + "a" * 10_000, False),
-        ("Bearer \udcff", False),
-    ],
-)
-def test_token_matches(header, expected):
-    assert token_matches(header, "abc") is expected
 
 
 @pytest.fixture
@@ -74,18 +55,26 @@ def test_the_limiter_lets_one_of_a_kind_pass_a_period():
     assert limiter.passes("b") == 0
 
 
-def test_quotas_name_value_and_limit():
-    quotas = Quotas(max_blocks=2, max_side=10, max_job_bytes=budget_bytes(manifest((10,))))
+def test_quotas_name_value_limit_and_setting():
+    quotas = Quotas(max_sessions=2, max_blocks=2, max_side=10, max_job_bytes=1000)
     quotas.check_size(manifest((1,), (1,)))
-    quotas.check(manifest((10,)), 0)
-    with pytest.raises(QuotaError, match="3 blocks, allowed are 2"):
+    quotas.check_sides(manifest((10,)))
+    quotas.check_job("j", Usage(1, 1, 400), Usage(1, 1, 600))
+    with pytest.raises(QuotaError, match=r"^manifest.blocks: 3 blocks, allowed are 2 \(max_blocks\)$"):
         quotas.check_size(manifest((1,), (1,), (1,)))
     with pytest.raises(QuotaError, match="snapshots_in_flight"):
         quotas.check_size(manifest((1,), in_flight=MAX_DEPTH + 1))
-    with pytest.raises(QuotaError, match=r"blocks\[1\].*side of 11"):
-        quotas.check(manifest((1,), (1, 11)), 0)
-    with pytest.raises(QuotaError, match="the job's"):
-        quotas.check(manifest((10,)), 1)
+    with pytest.raises(
+        QuotaError, match=r"blocks\[1\].*a side of 11, allowed are 10 \(max_side\); use smaller"
+    ):
+        quotas.check_sides(manifest((1,), (1, 11)))
+    for others, text in (
+        (Usage(2, 0, 0), "3 sessions, allowed are 2 (max_sessions)"),
+        (Usage(1, 2, 0), "3 blocks over all ranks, allowed are 2 (max_blocks)"),
+        (Usage(1, 1, 401), "1001 bytes of statistics and preconditioners, allowed are 1000 (max_job_bytes)"),
+    ):
+        with pytest.raises(QuotaError, match=re.escape(f"job 'j' would have {text}")):
+            quotas.check_job("j", others, Usage(1, 1, 600))
 
 
 def test_a_budget_counts_all_that_may_be_held():
