@@ -14,17 +14,17 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.logs import event
+from preconditioner_service.ray_link import check_reachable, node_is_alive, until_lost
+from preconditioner_service.root_worker import RootWorker
 from preconditioner_service.tasks import RootOutcome, RootTask
 
 T = TypeVar("T")
@@ -37,7 +37,13 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between attempts to reach an actor that is being restarted."""
 
 _PING_TIMEOUT = 30.0
-_REACH_TIMEOUT = 5.0
+_HEARTBEAT = 5.0
+"""Seconds after which a worker without work is asked whether it lives."""
+
+_RECENT = 1.0
+"""Seconds that a sign of life counts; a batch for a worker that was silent for longer follows a ping, so that
+what died before is told from what died of the batch."""
+
 _INLINE_COPY = 256 * 1024
 
 
@@ -49,7 +55,7 @@ class BatchLostError(Exception):
     """No result will come: the actor died, or did not answer in time.
 
     Attributes:
-        computing: whether the actor worked on this batch then, rather than have it queued.
+        computing: whether the actor worked on this batch then, rather than have it queued or be dead before.
     """
 
     def __init__(self, why: str, computing: bool) -> None:
@@ -71,30 +77,6 @@ class PoolSettings:
     start_timeout: float = 60.0
 
 
-class RootWorker:
-    """The actor. Its methods run one at a time."""
-
-    def __init__(self, threads: int, nice: int) -> None:
-        from preconditioner_service.compute import compute
-        from preconditioner_service.roots import threads as bind
-
-        self._compute = compute
-        bind(threads)
-        if nice:
-            os.nice(nice)
-        # The first decomposition of a process loads and tunes; better now than in a trainer's batch.
-        identity = np.ones(1, dtype=np.float32)
-        compute([RootTask((1,), (4.0,), 1, 1e-6, "<f4", (identity,))])
-
-    def ping(self) -> int:
-        """The process id, as a sign of life."""
-        return os.getpid()
-
-    def compute(self, tasks: list[RootTask]) -> list[RootOutcome]:
-        """See :func:`preconditioner_service.compute.compute`."""
-        return self._compute(tasks)
-
-
 @dataclass(eq=False)
 class Worker:
     """One actor as the pool sees it."""
@@ -103,6 +85,8 @@ class Worker:
     actor: Any
     alive: bool = False
     pid: int = 0
+    seen: float = 0.0
+    """Monotonic seconds of its last sign of life."""
     batches: deque[_Run] = field(default_factory=deque)
 
     @property
@@ -135,6 +119,9 @@ class RayPool:
         self._directory: RayDirectory | None = None
         self.workers: list[Worker] = []
         self._make_actor: Callable[[], Any]
+        self._node_id = ""
+        self._lost_ray = False
+        self._heartbeat: asyncio.Task[None] | None = None
         self._revivals: set[asyncio.Task[None]] = set()
         self._last_error = ""
 
@@ -157,6 +144,13 @@ class RayPool:
             await asyncio.wait_for(first, self._settings.start_timeout)
         except asyncio.TimeoutError:
             raise PoolError(await self._call(self._no_room)) from None
+        self._heartbeat = asyncio.get_running_loop().create_task(self._keep_asking())
+
+    async def until_lost(self) -> str:
+        """Return, with the reason, once Ray itself is gone; nothing but :meth:`stop` is of use then."""
+        why = await until_lost(lambda: node_is_alive(self._ray, self._node_id))
+        self._lost_ray = True
+        return why
 
     def run(
         self, worker: Worker, tasks: Sequence[RootTask], seconds: float
@@ -177,30 +171,43 @@ class RayPool:
 
     async def _run(self, worker: Worker, run: _Run, tasks: Sequence[RootTask]) -> list[RootOutcome]:
         allowed = deadline(sum(batch.seconds for batch in worker.batches), self._settings.batch_patience)
+        sign: Future[int] | None = None
+
+        def submit() -> Future[list[RootOutcome]]:
+            nonlocal sign
+            if time.monotonic() - worker.seen > _RECENT:
+                sign = worker.actor.ping.remote().future()
+            return worker.actor.compute.remote(list(tasks)).future()  # type: ignore[no-any-return]
+
+        def computing() -> bool:
+            return run.blamed and (sign is None or (sign.done() and sign.exception() is None))
+
         try:
-            future = await self._call(lambda: worker.actor.compute.remote(list(tasks)).future())
-            outcomes: list[RootOutcome] = await asyncio.wait_for(asyncio.wrap_future(future), allowed)
+            future = await self._call(submit)
+            outcomes = await asyncio.wait_for(asyncio.wrap_future(future), allowed)
+            worker.seen = time.monotonic()
             return await self._own(outcomes)
         except asyncio.TimeoutError:
             self._lost(worker, f"no answer within {allowed:.0f} s", kill=True)
-            raise BatchLostError(f"no answer within {allowed:.0f} s", run.blamed) from None
+            raise BatchLostError(f"no answer within {allowed:.0f} s", computing()) from None
         except self._ray.exceptions.RayTaskError as error:
             # The actor lives; the computation itself raised, as for want of memory.
             raise BatchLostError(str(error).strip().rpartition("\n")[2], computing=True) from None
         except self._ray.exceptions.RayError as error:
             self._lost(worker, type(error).__name__)
-            raise BatchLostError(type(error).__name__, run.blamed) from None
+            raise BatchLostError(type(error).__name__, computing()) from None
         finally:
             worker.batches.remove(run)
 
     async def stop(self) -> None:
         """End the actors, and Ray if it is a private one."""
-        for task in self._revivals:
+        for task in (*self._revivals, *([self._heartbeat] if self._heartbeat is not None else [])):
             task.cancel()
-        with contextlib.suppress(Exception):  # Ray may have died before us; nothing is left to do then
-            await self._call(self._end_ray)
+        if not self._lost_ray:  # or every call into it hangs
+            with contextlib.suppress(Exception):  # it may have died a moment ago; nothing is left to do then
+                await self._call(self._end_ray)
         if self._directory is not None:
-            await self._call(self._directory.remove)
+            await asyncio.to_thread(self._directory.remove)
         self._thread.shutdown(wait=False)
 
     # In Ray's thread.
@@ -220,7 +227,10 @@ class RayPool:
                 "_temp_dir": str(self._directory.ray),
             }
         else:
-            _check_reachable(settings.ray_address)
+            try:
+                check_reachable(settings.ray_address)
+            except ConnectionError as error:
+                raise PoolError(str(error)) from None
             options = {"address": settings.ray_address}
         import ray  # after the environment is set, which it reads when imported
 
@@ -236,6 +246,7 @@ class RayPool:
                 "authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here too)"
             ) from error
         self._ray = ray
+        self._node_id = ray.get_runtime_context().get_node_id()
         resources: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
         if settings.worker_memory_bytes is not None:
             resources["memory"] = settings.worker_memory_bytes
@@ -283,9 +294,29 @@ class RayPool:
         if not worker.alive:
             return  # told already, by the batch before or behind
         worker.alive = False
-        worker.batches[0].blamed = True
+        if worker.batches:
+            worker.batches[0].blamed = True
         event(logging.WARNING, "worker lost", worker=worker.number, pid=worker.pid, why=why)
         self._revive(worker, kill=kill)
+
+    async def _keep_asking(self) -> None:
+        """Workers without work die unnoticed otherwise, and their restart would begin with the next batch."""
+        while True:
+            await asyncio.sleep(_HEARTBEAT)
+            silent = time.monotonic() - _HEARTBEAT
+            idle = [w for w in self.workers if w.alive and not w.batches and w.seen < silent]
+            await asyncio.gather(*map(self._ask, idle))
+
+    async def _ask(self, worker: Worker) -> None:
+        try:
+            future: Future[int] = await self._call(lambda: worker.actor.ping.remote().future())
+            await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
+            worker.seen = time.monotonic()
+        except asyncio.TimeoutError:
+            if not worker.batches:  # or it works, and has the batch's own deadline
+                self._lost(worker, f"no sign of life for {_PING_TIMEOUT:.0f} s", kill=True)
+        except self._ray.exceptions.RayError as error:
+            self._lost(worker, type(error).__name__)
 
     def _revive(
         self, worker: Worker, first: asyncio.Future[None] | None = None, *, kill: bool = False
@@ -311,28 +342,11 @@ class RayPool:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         worker.alive = True
+        worker.seen = time.monotonic()
         event(logging.INFO, "worker ready", worker=worker.number, pid=worker.pid, alive=self.alive)
         if first is not None and not first.done():
             first.set_result(None)
         self._changed()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes to reach a head that is not there.
-
-    Raises:
-        PoolError: nothing answers.
-    """
-    host, separator, port = address.rpartition(":")
-    if not separator or not port.isdecimal():
-        return  # "auto", which Ray looks up
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_TIMEOUT).close()
-    except OSError as error:
-        raise PoolError(
-            f"Ray at {address} cannot be reached ({error.strerror or error}): is its head running, and "
-            "is this the address that 'ray start' named?"
-        ) from None
 
 
 def deadline(seconds: float, patience: float) -> float:
