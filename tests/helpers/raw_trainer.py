@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -133,6 +134,12 @@ class RawStream:
 
     def snapshot(self, block: int, step: int, *matrices: np.ndarray) -> None:
         self.send(PackedBlock(block, step, tuple(pack(matrix) for matrix in matrices)))
+
+    def snapshot_messages(self, block: int, step: int, *matrices: np.ndarray, messages: int) -> None:
+        """The first messages of a snapshot, and no more."""
+        packed = PackedBlock(block, step, tuple(pack(matrix) for matrix in matrices))
+        for chunks in itertools.islice(chunk_messages([packed], message=pb.Chunks), messages):
+            self.put(chunks=chunks)
 
     def receipt(self, block: int, step: int) -> None:
         self.put(receipts=pb.Receipts(receipts=[pb.Receipt(block=block, step=step)]))

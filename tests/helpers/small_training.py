@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -41,6 +42,19 @@ class Training:
         nn.functional.mse_loss(self.model(self.x), self.y).backward()
         self.optimizer.step()
         self.seconds.append(time.perf_counter() - began)
+
+    def save(self, path):
+        """Whole, or not at all."""
+        part = Path(f"{path}.part")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
+        part.replace(path)
+
+    def resume(self, path):
+        """From what was saved there, if anything was."""
+        if Path(path).exists():
+            state = torch.load(path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def adopted(self):
         return self.optimizer.metrics()["versions_adopted"]

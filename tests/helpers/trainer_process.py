@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ _SHOWN = (
     "snapshots_sent",
     "snapshots_replaced",
     "epoch",
+    "step",
 )
 
 
@@ -46,6 +47,7 @@ class TrainerProcess:
         prefix: stands before its command.
         environment: more variables.
         connection: more of ``ServiceConfig``.
+        checkpoint: file to resume from if it is there, and to save to after every 20 steps.
         staleness: of ``StalenessConfig``.
     """
 
@@ -55,9 +57,15 @@ class TrainerProcess:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         connection: Mapping[str, Any] | None = None,
+        checkpoint: str | None = None,
         **staleness: Any,
     ) -> None:
-        settings = {"address": address, "connection": dict(connection or {}), **staleness}
+        settings = {
+            "address": address,
+            "connection": dict(connection or {}),
+            "checkpoint": checkpoint,
+            **staleness,
+        }
         path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-u", __file__, json.dumps(settings)],
@@ -95,12 +103,6 @@ class TrainerProcess:
     def metrics(self) -> dict[str, Any]:
         """After the latest step."""
         return self.steps[-1].metrics if self.steps else dict.fromkeys(_SHOWN, 0)
-
-    def tell(self, command: str) -> None:
-        """A line for the training: see ``main``."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
 
     def until(self, condition: Any, timeout: float = 90.0, what: str = "the condition") -> list[Step]:
         """Wait for a condition of this trainer; the steps meanwhile."""
@@ -147,28 +149,26 @@ class TrainerProcess:
         self.close()
 
 
-def set_clock(ahead: float, real: Callable[[], float] = time.time) -> None:
-    """Make the wall clock of this process go ``ahead`` of the real one."""
-    time.time = lambda: real() + ahead
-    time.time_ns = lambda: int((real() + ahead) * 1e9)
-
-
 def main(settings: dict[str, Any]) -> None:
-    """Train until standard input ends. A line on it sets the wall clock so many seconds ahead."""
+    """Train until standard input ends."""
     # Here alone, so that a test may import the handle without torch.
     from small_training import Training
 
     ended = threading.Event()
 
     def listen() -> None:
-        for line in sys.stdin:
-            set_clock(float(line))
+        sys.stdin.read()
         ended.set()
 
     threading.Thread(target=listen, daemon=True).start()
+    checkpoint = settings.pop("checkpoint")
     training = Training(settings.pop("address"), **settings)
+    if checkpoint is not None:
+        training.resume(checkpoint)
     while not ended.is_set():
         training.step()
+        if checkpoint is not None and training.optimizer.metrics()["step"] % 20 == 0:
+            training.save(checkpoint)
         metrics = training.optimizer.metrics()
         print(json.dumps({"seconds": training.seconds[-1]} | {name: metrics[name] for name in _SHOWN}))
     training.optimizer.close()
