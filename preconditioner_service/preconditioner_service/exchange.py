@@ -230,6 +230,7 @@ class ExchangeStream:
     def _refuse(self, block: int, step: int, reason: pb.NackReason, detail: str) -> None:
         session = self._session
         session.job.counters.nacks += 1
+        session.refused(block, step, reason)
         # A trainer that has come back offers what was accepted before: that is no event for an operator.
         level = logging.DEBUG if reason == pb.NACK_REASON_OUTDATED else logging.WARNING
         limited(

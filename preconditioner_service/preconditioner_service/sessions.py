@@ -184,7 +184,6 @@ class Session:
         """
         block = self.blocks[snapshot.block]
         if block.newest is not None and snapshot.step <= block.newest:
-            self.refused(snapshot.block, snapshot.step, pb.NACK_REASON_OUTDATED)
             return False
         block.newest = snapshot.step
         self.newest_step = max(self.newest_step, snapshot.step)

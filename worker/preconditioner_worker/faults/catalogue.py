@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from preconditioner_worker.faults.cast import Job, actors
 from preconditioner_worker.faults.proxy import Proxy, Shape, Way
-from preconditioner_worker.faults.service import LocalService
+from preconditioner_worker.faults.service import LocalService, ServiceError
+
+_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,15 @@ def _shaped(shape: Shape) -> Callable[[Stage], None]:
 _heal_link = _link(lambda link: link.heal())
 
 
+def _start_again(stage: Stage) -> None:
+    """More than once, if it must be: on a machine at its limit Ray gives up a start after a while."""
+    for _ in range(_STARTS - 1):
+        with contextlib.suppress(ServiceError):
+            stage.service.start()
+            return
+    stage.service.start()
+
+
 def _kill_actor(stage: Stage) -> None:
     found = actors(stage.service)
     if found:
@@ -80,9 +92,7 @@ def _wake(stage: Stage) -> None:
 
 
 CATALOGUE: Mapping[str, Fault] = {
-    "service killed": Fault(
-        lambda stage: stage.service.kill(), lambda stage: stage.service.start(), 1, (0.0, 2.0), "service"
-    ),
+    "service killed": Fault(lambda stage: stage.service.kill(), _start_again, 1, (0.0, 2.0), "service"),
     "service frozen": Fault(
         lambda stage: stage.service.freeze(), lambda stage: stage.service.thaw(), 2, (0.3, 3.0), "service"
     ),
