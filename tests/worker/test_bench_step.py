@@ -94,6 +94,16 @@ def test_the_whole_training_step(tmp_path, capsys):
     assert "aten::bmm" in (tmp_path / "profile.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "torch finds no GPU here"), ("gpu", "String should match pattern")]
+)
+def test_a_device_that_is_not_there(monkeypatch, capsys, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["bench", "step", "--device", device])
+    assert message in capsys.readouterr().err
+
+
 def test_a_service_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr(step_timing, "FIRST_VERSIONS_TIMEOUT", 0.0)
     silent = LocalExchange(delay=10**6)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from pydantic_settings import CliApp, CliSubCommand
 from rich.console import Console
 
-from preconditioner_worker import bench_step, gpt2
+from preconditioner_worker import bench_outage, bench_step, gpt2
 from preconditioner_worker.demo import demonstrate
 from preconditioner_worker.experiments import RUNS, conclude, horizon, run_all, settle
 from preconditioner_worker.grids import GRIDS
@@ -32,7 +32,7 @@ from preconditioner_worker.results import ResultError, RunSettings
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
 from preconditioner_worker.tuning import Trial, tune
-from preconditioner_worker.workloads import WORKLOADS, open_workload
+from preconditioner_worker.workloads import WORKLOADS, WorkloadError, open_workload
 
 Seed = Annotated[int, Field(ge=0)]
 
@@ -251,8 +251,8 @@ class BenchStep(BaseModel):
     """Steps between snapshots of a block."""
     threads: PositiveInt = 1
     """Threads of torch."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """cpu, cuda or cuda:1."""
     service: str = "embedded"
     """Of the asynchronous contender: embedded or host:port."""
     json_file: Annotated[Path | None, Field(alias="json")] = None
@@ -262,6 +262,8 @@ class BenchStep(BaseModel):
 
     def cli_cmd(self) -> None:
         """Measure, print, save."""
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise WorkloadError(f"--device {self.device}: torch finds no GPU here; leave it out for the CPU")
         torch.set_num_threads(self.threads)
         result = bench_step.benchmark(
             scale=self.scale,
@@ -279,12 +281,47 @@ class BenchStep(BaseModel):
             bench_step.save(result, self.json_file)
 
 
+class BenchOutage(BaseModel):
+    """Time whole steps before and while a service is lost, within the bound, and how soon it serves again."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
+    )
+
+    workload: str = "text"
+    """text or digits."""
+    seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Of the outage, and of the time before it."""
+    how: bench_outage.How = "kill"
+    """kill (SIGKILL, and started again) or freeze (SIGSTOP, and SIGCONT)."""
+    max_staleness: PositiveInt = 100_000
+    """The bound, which the outage must not exceed."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    json_file: Annotated[Path | None, Field(alias="json")] = None
+    """Write the result to this file."""
+
+    def cli_cmd(self) -> None:
+        """Measure, print, save."""
+        torch.set_num_threads(self.threads)
+        result = bench_outage.benchmark(
+            open_workload(self.workload),
+            seconds=self.seconds,
+            how=self.how,
+            max_staleness=self.max_staleness,
+        )
+        Console().print(bench_outage.table(result))
+        if self.json_file is not None:
+            bench_outage.save(result, self.json_file)
+
+
 class Bench(BaseModel):
     """Measurements of the parts."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     step: CliSubCommand[BenchStep]
+    outage: CliSubCommand[BenchOutage]
 
     def cli_cmd(self) -> None:
         """Run the measurement that was named."""
