@@ -40,10 +40,6 @@ _PING_TIMEOUT = 30.0
 _HEARTBEAT = 5.0
 """Seconds after which a worker without work is asked whether it lives."""
 
-_RECENT = 1.0
-"""Seconds that a sign of life counts; a batch for a worker that was silent for longer follows a ping, so that
-what died before is told from what died of the batch."""
-
 _INLINE_COPY = 256 * 1024
 
 
@@ -175,7 +171,8 @@ class RayPool:
 
         def submit() -> Future[list[RootOutcome]]:
             nonlocal sign
-            if time.monotonic() - worker.seen > _RECENT:
+            # It comes before the batch: so one that died of the batch is told from one that was dead before.
+            if worker.batches[0] is run:
                 sign = worker.actor.ping.remote().future()
             return worker.actor.compute.remote(list(tasks)).future()  # type: ignore[no-any-return]
 

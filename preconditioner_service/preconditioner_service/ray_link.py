@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -80,7 +81,8 @@ def _in_thread(function: Callable[[], bool]) -> asyncio.Future[bool]:
             result = function()
         except Exception as error:
             problem = error
-        loop.call_soon_threadsafe(settle, result, problem)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, problem)
 
     threading.Thread(target=ask, name="ray-alive", daemon=True).start()
     return future
