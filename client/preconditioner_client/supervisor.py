@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from typing import TypeAlias
 
 import grpc
 
@@ -34,6 +35,10 @@ logger = logging.getLogger("preconditioner_client")
 
 _LARGEST_MESSAGE = 64 * 1024 * 1024  # more than that no service may make us receive at once
 _LOCATE_SECONDS = 0.5
+_TOKEN_POLL_SECONDS = 1.0
+
+_Place: TypeAlias = "tuple[str, str | None] | None"
+"""Address and token."""
 _CLOSE_SESSION_SECONDS = 1.0
 _STEADY_SECONDS = 5.0
 
@@ -126,11 +131,17 @@ class Supervisor:
         backoff = Backoff()
         while self._mailbox.order is order:
             self._attached_at = None
+            place: _Place = None
             try:
                 place = self._endpoint.locate(_LOCATE_SECONDS)
                 if place is None:
                     continue
                 failure = self._attempt(order, *place)
+                if failure.outcome is Outcome.REFUSED and self._token_replaced(place):
+                    logger.info(
+                        "the token was replaced; the preconditioner service is asked with the new one"
+                    )
+                    continue
             except (ExchangeError, ValueError) as error:
                 failure = Failure(Outcome.REFUSED, str(error))
             except Exception:
@@ -143,8 +154,26 @@ class Supervisor:
                 backoff.reset()
             if not self._judge(order, failure):
                 return
-            pause = self.REFUSED_PAUSE if failure.outcome is Outcome.REFUSED else backoff.pause()
-            self._mailbox.await_change(order, pause)
+            if failure.outcome is Outcome.REFUSED:
+                self._pause_refused(order, place)
+            else:
+                self._mailbox.await_change(order, backoff.pause())
+
+    def _pause_refused(self, order: Order, used: _Place) -> None:
+        """Pause after a refusal, for as long as the token stays the same."""
+        until = time.monotonic() + self.REFUSED_PAUSE
+        while self._mailbox.order is order and (left := until - time.monotonic()) > 0:
+            self._mailbox.await_change(order, min(left, _TOKEN_POLL_SECONDS))
+            if self._token_replaced(used):
+                return
+
+    def _token_replaced(self, used: _Place) -> bool:
+        """Whether there is another token now than the one that was used."""
+        try:
+            now = self._endpoint.locate(_LOCATE_SECONDS)
+        except (ExchangeError, ValueError):
+            return False
+        return now is not None and (used is None or now[1] != used[1])
 
     def _judge(self, order: Order, failure: Failure) -> bool:
         """Tell whoever must know of a failure; False if the session is over for good."""

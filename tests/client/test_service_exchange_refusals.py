@@ -14,6 +14,7 @@ from exchange_session import collect, opened, session, snapshot
 from fake_front import FakeFront, until
 from preconditioner_client import ServiceConfig, Shampoo
 from preconditioner_client.exchange import ExchangeError
+from preconditioner_client.supervisor import Supervisor
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
 
@@ -68,6 +69,40 @@ def test_a_later_refusal_is_logged_once_and_tried_again(front, connect, caplog, 
     path.write_text("second\n")
     until(lambda: exchange.generation == 2)
     assert "second" not in caplog.text
+
+
+def test_a_replaced_token_is_used_long_before_the_pause_after_a_refusal_is_over(
+    front, connect, caplog, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(Supervisor, "REFUSED_PAUSE", 600.0)
+    path = tmp_path / "token"
+    path.write_text("first\n")
+    front.token = "first"
+    exchange = connect(front.address, token_file=str(path))
+    opened(exchange, session())
+    front.token = "second"
+    with caplog.at_level(logging.ERROR, "preconditioner_client"):
+        front.stream.end(grpc.StatusCode.UNAUTHENTICATED)
+        until(lambda: "refuses the token" in caplog.text)
+    path.unlink()
+    path.write_text("second\n")
+    until(lambda: exchange.generation == 2)
+
+
+def test_a_token_that_was_replaced_in_time_is_no_refusal(front, connect, caplog, monkeypatch, tmp_path):
+    """What the operator of a rotation sees: new token in the file, old one revoked at the service."""
+    monkeypatch.setattr(Supervisor, "REFUSED_PAUSE", 600.0)
+    path = tmp_path / "token"
+    path.write_text("first\n")
+    front.token = "first"
+    exchange = connect(front.address, token_file=str(path))
+    opened(exchange, session())
+    path.write_text("second\n")
+    front.token = "second"
+    with caplog.at_level(logging.WARNING, "preconditioner_client"):
+        front.stream.end(grpc.StatusCode.UNAUTHENTICATED)
+        until(lambda: exchange.generation == 2)
+    assert not caplog.records
 
 
 def test_a_placement_on_several_fronts_is_refused(front, connect):
