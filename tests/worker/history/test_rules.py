@@ -42,7 +42,7 @@ def test_a_good_history_breaks_no_rule_and_every_check_looks_at_it(tell, tmp_pat
     report = examine(tell(**settings).write(tmp_path), expectations=expected(tmp_path))
     assert report.violations == ()
     assert len(report.looked_at) == len(CHECKS)
-    idle = {check for check, (_, looked_at) in report.looked_at.items() if not looked_at}
+    idle = {check for check, looked_at in report.looked_at.items() if not looked_at}
     assert idle == (set() if "delay" in settings else {"schedule"})
 
 

@@ -103,9 +103,9 @@ def _checks(report: Report) -> Table:
     shown.add_column("check")
     shown.add_column("looked at", justify="right")
     shown.add_column("violations", justify="right")
-    for check, (rule, looked_at) in report.looked_at.items():
+    for check, looked_at in report.looked_at.items():
         broken = sum(violation.check == check for violation in report.violations)
-        shown.add_row(str(rule), check, str(looked_at), str(broken))
+        shown.add_row(str(report.rules[check]), check, str(looked_at), str(broken))
     return shown
 
 
@@ -134,7 +134,7 @@ def _as_json(report: Report) -> dict[str, object]:
         "events": len(report.history.events),
         "missing": report.history.holes,
         "torn": report.history.torn,
-        "checks": {check: count for check, (_, count) in report.looked_at.items()},
+        "looked_at": report.looked_at,
         "violations": [
             {
                 "rule": violation.rule,

@@ -19,12 +19,14 @@ class Report:
     Attributes:
         history: what was read.
         violations: what broke a rule, by rule.
-        looked_at: by check, its rule and how many things it held against it; 0 means that it proves nothing.
+        looked_at: by check, how many things it held against its rule; 0 means that it proves nothing.
+        rules: by check, the number of its rule.
     """
 
     history: History
     violations: tuple[Violation, ...]
-    looked_at: dict[str, tuple[int, int]]
+    looked_at: dict[str, int]
+    rules: dict[str, int]
 
 
 def examine(paths: Iterable[Path | str], *, expectations: Expectations | None = None) -> Report:
@@ -35,13 +37,15 @@ def examine(paths: Iterable[Path | str], *, expectations: Expectations | None = 
     """
     case = Case(read_history(paths), expectations or Expectations())
     violations: list[Violation] = []
-    looked_at: dict[str, tuple[int, int]] = {}
+    looked_at: dict[str, int] = {}
+    rules: dict[str, int] = {}
     for check in CHECKS:
         findings = check(case)
-        looked_at[findings.check] = findings.rule, findings.looked_at
+        looked_at[findings.check] = findings.looked_at
+        rules[findings.check] = findings.rule
         violations += findings.violations
     violations.sort(key=lambda violation: violation.rule)
-    return Report(case.history, tuple(violations), looked_at)
+    return Report(case.history, tuple(violations), looked_at, rules)
 
 
 def check_history(
