@@ -105,12 +105,12 @@ class HistoryRecorder:
         self._writing = False
         self._warned = False
         self._closed = False
-        # A writer before may have been killed in the middle of a line.
-        self._torn = True
         try:
             if self._matrices is not None:
                 self._matrices.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # A writer before may have been killed in the middle of a line.
+            self._torn = os.fstat(self._file).st_size > 0
         except OSError as error:
             raise HistoryError(
                 f"history {str(error.filename or path)!r}: {error.strerror}; give a file in a folder that "
