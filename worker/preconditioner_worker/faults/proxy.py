@@ -186,11 +186,11 @@ class Proxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _accept(self, from_trainer: asyncio.StreamReader, to_trainer: asyncio.StreamWriter) -> None:
-        for passing in self._passing.values():
-            await passing.wait()
         try:
+            for passing in self._passing.values():
+                await passing.wait()
             from_service, to_service = await asyncio.open_connection(*self._upstream)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             to_trainer.transport.abort()
             return
         connection = _Connection(to_trainer, to_service)
