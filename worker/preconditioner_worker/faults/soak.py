@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,39 +149,44 @@ def _inject(
     recorder: HistoryRecorder,
     report: Callable[[str], None],
 ) -> Counter[str]:
+    """Faults of the service and of each job overlap; those of one target come one after the other."""
     by_name = {job.name: job for job in jobs}
     counts: Counter[str] = Counter()
-    for number, planned in enumerate(schedule(seed, list(by_name))):
-        time.sleep(planned.pause)
-        if time.monotonic() >= until:
-            break
-        fault, job = CATALOGUE[planned.name], by_name[planned.job]
-        stage = Stage(service, job, planned.draw)
-        target = job.name if fault.about != "service" else "service"
-        about: dict[str, Any] = {
-            "fault": planned.name,
-            "target": target,
-            "stops": job.name if fault.stops else None,
-        }
-        recorder.record(Kind.FAULT_INJECTED, **about)
-        fault.inject(stage)
-        counts[planned.name] += 1
-        time.sleep(planned.hold)
-        fault.heal(stage)
-        recorder.record(Kind.FAULT_HEALED, **about)
-        report(f"{number + 1:4d}  {planned.name} ({target}, {planned.hold:.1f} s)")
-        _tidy(planned, jobs)
+    under_way: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(len(jobs) + 1) as threads:
+        for planned in schedule(seed, list(by_name)):
+            target = planned.job if CATALOGUE[planned.name].about != "service" else "service"
+            time.sleep(planned.pause)
+            if target in under_way:
+                under_way[target].result()
+            if time.monotonic() >= until:
+                break
+            counts[planned.name] += 1
+            report(f"{counts.total():4d}  {planned.name} ({target}, {planned.hold:.1f} s)")
+            stage = Stage(service, by_name[planned.job], planned.draw)
+            under_way[target] = threads.submit(_play, planned, target, stage, recorder)
+        for playing in under_way.values():
+            playing.result()
     return counts
 
 
-def _tidy(planned: Planned, jobs: Sequence[Job]) -> None:
-    """A zombie has had its chance once another fault is over; a job that ended by itself is an error."""
-    if planned.name != "zombie trainer":
-        for job in jobs:
-            job.end_zombies()
-    for job in jobs:
+def _play(planned: Planned, target: str, stage: Stage, recorder: HistoryRecorder) -> None:
+    fault, job = CATALOGUE[planned.name], stage.job
+    if target == job.name:
+        # A zombie has had its chance since the fault before.
+        job.end_zombies()
         if not job.alive():
             raise ServiceError(f"job {job.name} ended by itself; see {job.folder / f'{job.name}.log'}")
+    about: dict[str, Any] = {
+        "fault": planned.name,
+        "target": target,
+        "stops": job.name if fault.stops else None,
+    }
+    recorder.record(Kind.FAULT_INJECTED, **about)
+    fault.inject(stage)
+    time.sleep(planned.hold)
+    fault.heal(stage)
+    recorder.record(Kind.FAULT_HEALED, **about)
 
 
 def _until_all_adopt(jobs: Sequence[Job], seconds: float) -> None:

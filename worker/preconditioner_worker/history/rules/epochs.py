@@ -11,15 +11,23 @@ from preconditioner_worker.history.freshness import NEVER
 def check_epochs(case: Case) -> Findings:
     """Every session of a trainer, and what it begins with."""
     findings = Findings(4, "epochs")
-    newest: dict[tuple[str | None, int | None], Event] = {}
+    sessions: list[Event] = []
     for event in case.of(Kind.TRAINER_SESSION):
         findings.looked_at += 1
         assert event.epoch is not None  # by the format
         assert event.step is not None
-        before = newest.get((event.job, event.rank))
+        # A process chooses its epoch when it begins, and may announce it much later.
+        begin = case.history.sources[event.source].first
+        known = [
+            other
+            for other in sessions
+            if (other.job, other.rank) == (event.job, event.rank)
+            and (other.source == event.source or other.at < begin)
+        ]
+        before = max(known, key=lambda other: other.epoch or 0, default=None)
         if before is not None and event.epoch <= (before.epoch or 0):
             findings.broken(f"epoch {event.epoch} was opened after epoch {before.epoch}", before, event)
-        newest[event.job, event.rank] = event
+        sessions.append(event)
         blocks, versions = event.data["blocks"], event.data["versions"]
         ahead = [b for b, v in enumerate(versions) if v != NEVER and v > event.step]
         if len(versions) != len(blocks):
