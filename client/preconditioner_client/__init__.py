@@ -25,6 +25,7 @@ from preconditioner_client.exchange import (
     SessionSpec,
     Snapshot,
 )
+from preconditioner_client.memory import MemoryEstimate
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.shampoo import Shampoo
 
@@ -41,6 +42,7 @@ __all__ = [
     "Grafting",
     "GraftingConfig",
     "LocalExchange",
+    "MemoryEstimate",
     "Rejection",
     "Ridge",
     "RidgeKind",

@@ -48,6 +48,7 @@ from preconditioner_client.distribution import Ranks, held_part, is_dtensor, lik
 from preconditioner_client.engine import Engine
 from preconditioner_client.plan import GroupPlan
 from preconditioner_client.refresh import NEVER
+from preconditioner_client.update_rule import blank_state
 
 if TYPE_CHECKING:
     from preconditioner_client.shampoo import Shampoo
@@ -70,13 +71,17 @@ _BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 def write(optimizer: Shampoo, engine: Engine) -> None:
     """Put everything that lives outside of ``optimizer.state`` into the groups and, as views, into it.
 
-    A parameter without state is left so: ``torch.distributed.checkpoint`` asks by it whether an optimizer was
-    initialised, and for some forms of a state dict by which keys to load.
+    ``torch.distributed.checkpoint`` asks by the state if an optimizer was initialised, and for some forms
+    of a state dict which keys to load. So before the first update there is none, and then every trainable
+    parameter has its keys, with zeros if it has had no gradient yet.
     """
+    begun = bool(optimizer.state)
     for group, plan in zip(optimizer.param_groups, engine.plans, strict=True):
         group[FORMAT_KEY], group[STEP_KEY], group[EPOCH_KEY] = FORMAT, engine.step, engine.epoch
         group[SHARDS_KEY] = plan.shards
         for index, parameter in enumerate(group["params"]):
+            if begun and parameter.requires_grad and parameter not in optimizer.state:
+                optimizer.state[parameter] = blank_state(group, parameter)
             if plan.rows[index] and parameter in optimizer.state:
                 optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from preconditioner_client.agreement import Described, agree
-from preconditioner_client.config import Grafting, GraftingConfig, StalenessConfig
+from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
-from preconditioner_client.gradients import check_finite, named, not_finite
+from preconditioner_client.gradients import check_finite, judge, named
+from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
 from preconditioner_client.refresh import Mask, Refresher
@@ -40,6 +41,7 @@ class Engine:
         distributed: see :meth:`preconditioner_client.distribution.Ranks.of`.
 
     Attributes:
+        distributed: as given.
         plans: of the groups, in order.
         parameters: of all groups.
         ranks: how the parameters lie over ranks, once there is a group.
@@ -55,7 +57,7 @@ class Engine:
         job: str | None,
         distributed: str | DistributedConfig = AUTO,
     ) -> None:
-        self._distributed = check_distributed(distributed)
+        self.distributed = check_distributed(distributed)
         self.plans: list[GroupPlan] = []
         self.ranks = Ranks()
         self.refresher = Refresher(staleness, [], self._snapshots, self._adopt)
@@ -89,7 +91,7 @@ class Engine:
             ValueError: the parameters lie over ranks in a way that is not supported, or not as the earlier
                 groups do; names the first.
         """
-        ranks = Ranks.of(self._distributed, parameters, names) if parameters else self.ranks
+        ranks = Ranks.of(self.distributed, parameters, names) if parameters else self.ranks
         if self.parameters and ranks != self.ranks:
             raise ValueError(
                 f"{names[0]} lies on other ranks than the groups before: give it to an optimizer of its own"
@@ -161,17 +163,12 @@ class Engine:
             ValueError: one is not finite, and the host knows it; see
                 :func:`preconditioner_client.gradients.check_finite`.
         """
-        names = [plan.names for plan in self.plans]
-        present = named(gradients, names)
+        present = named(gradients, [plan.names for plan in self.plans])
         devices = {gradient.device for _, gradient in present}
         if len(devices) > 1 or not is_deferred(present[0][1].device):
-            check_finite(gradients, names, self.ranks.maximum_over_shards)
+            check_finite(present, self.ranks.maximum_over_shards)
             return None
-        verdict = not_finite([gradient for _, gradient in present])
-        self.ranks.maximum_over_shards(verdict)
-        bad = verdict.any()
-        guard = Guard(bad if found_inf is None else bad | found_inf.any())
-        guard.clear_([gradient for _, gradient in present])
+        verdict, guard = judge(present, self.ranks.maximum_over_shards, found_inf)
         self._skipped.note(self.step + 1, [name for name, _ in present], verdict)
         return guard
 
@@ -258,16 +255,8 @@ class Engine:
             return
         blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
         diagonal = entry.stack.gather(updates, rows)
-        shape = (-1, *(1,) * (blocks.ndim - 1))
-        if grafting.method is not Grafting.NONE:
-            lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
-            own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
-            scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
-            blocks = blocks * scale.view(shape)
         weights = self._blend(entry, rows, grafting.blend_steps)
-        if weights is not None:
-            blocks = torch.lerp(diagonal, blocks, weights.view(shape))
-        entry.stack.scatter(blocks, updates, rows)
+        entry.stack.scatter(graft(grafting, blocks, diagonal, weights), updates, rows)
 
     def share(self, updates: Sequence[MaybeTensors]) -> None:
         """Take every block's finished direction from the replica that owns it.

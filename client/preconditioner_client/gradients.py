@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from preconditioner_client.distribution import local
 from preconditioner_client.grafting import owns_weight_decay
+from preconditioner_client.guard import Guard
 from preconditioner_client.transfer import upload
 
 
@@ -73,23 +74,43 @@ def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Te
     return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
 
 
+def judge(
+    present: Sequence[tuple[str, torch.Tensor]],
+    maximum: Callable[[torch.Tensor], None],
+    found_inf: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Guard]:
+    """As :func:`check_finite`, but the host waits for nothing; all gradients are zero where one is bad.
+
+    Args:
+        present: all gradients, on one device, with the names of their parameters.
+        maximum: see :func:`check_finite`.
+        found_inf: not 0 if the step is to be without effect anyway.
+
+    Returns:
+        For each gradient 1 if it is not finite, else 0; and what keeps a bad step from having an effect.
+    """
+    gradients = [gradient for _, gradient in present]
+    verdict = not_finite(gradients)
+    maximum(verdict)
+    bad = verdict.any()
+    guard = Guard(bad if found_inf is None else bad | found_inf.any())
+    guard.clear_(gradients)
+    return verdict, guard
+
+
 def check_finite(
-    gradients: Sequence[Sequence[torch.Tensor | None]],
-    names: Sequence[Sequence[str]],
-    maximum: Callable[[torch.Tensor], None] | None = None,
+    present: Sequence[tuple[str, torch.Tensor]], maximum: Callable[[torch.Tensor], None] | None = None
 ) -> None:
     """Refuse NaN and infinity before they reach statistics, moments or weights.
 
     Args:
-        gradients: for each group what this rank holds of its parameters' gradients.
-        names: of the parameters.
+        present: what this rank holds of all gradients, with the names of their parameters.
         maximum: where ranks hold different rows, takes the elementwise maximum of a tensor over them, in
             place, so that all come to the same verdict. The host waits once, as without it.
 
     Raises:
         ValueError: naming the first parameter concerned.
     """
-    present = named(gradients, names)
     by_device: dict[torch.device, list[int]] = {}
     for position, (_, gradient) in enumerate(present):
         by_device.setdefault(gradient.device, []).append(position)

@@ -107,6 +107,27 @@ def directions(
     return result
 
 
+def graft(
+    config: GraftingConfig, blocks: torch.Tensor, diagonal: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Preconditioned blocks with the length of the directions that they replace.
+
+    Args:
+        config: the method; ``none`` leaves the length.
+        blocks: (b, d0 .. dk).
+        diagonal: d of the same blocks.
+        weights: (b,), how far each block has passed from ``diagonal`` to its preconditioned direction. None:
+            all the way.
+    """
+    shape = (-1, *(1,) * (blocks.ndim - 1))
+    if config.method is not Grafting.NONE:
+        lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
+        own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+        scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
+        blocks = blocks * scale.view(shape)
+    return blocks if weights is None else torch.lerp(diagonal, blocks, weights.view(shape))
+
+
 def _lars(
     config: GraftingConfig,
     filtered: Sequence[torch.Tensor],

@@ -32,6 +32,7 @@ from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
+from preconditioner_client.memory import MemoryEstimate, estimate_memory, ranks_as_if
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.update_rule import apply_updates, directions_of, states_of
@@ -188,6 +189,26 @@ class Shampoo(Optimizer):
         counters, see :meth:`Exchange.counters`. Among several ranks all of it is about this rank's blocks.
         """
         return cast(Engine, self._engine).metrics()
+
+    def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
+        """Peak memory of this optimizer, beside parameters and gradients; what counts is in the result.
+
+        Follows from shapes and settings; no step need have been made, and nothing is allocated. Made on the
+        meta device, with ``service=LocalExchange()``, it answers for models that do not fit here.
+
+        Args:
+            replicas: as if that many data-parallel ranks held the parameters. None: as it is here.
+            replica: the rank in question, with ``replicas``; work is balanced, so ranks differ little.
+
+        Raises:
+            ValueError: ``replica`` is none of ``replicas``, or the parameters are ``DTensor``, which bring
+                their own mesh.
+        """
+        engine = cast(Engine, self._engine)
+        ranks = ranks_as_if(
+            engine.distributed, [p for group in self.param_groups for p in group["params"]], replicas, replica
+        )
+        return estimate_memory(self.param_groups, engine.refresher.config, ranks)
 
     def close(self) -> None:
         """End the exchange, and an embedded service with it. Happens by itself when the process ends."""

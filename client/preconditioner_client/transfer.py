@@ -29,7 +29,7 @@ def upload(
 ) -> torch.Tensor:
     """A 1-D tensor of numbers on a device. ``torch.tensor(.., device=..)`` would wait for the device."""
     host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

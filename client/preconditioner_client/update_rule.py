@@ -148,13 +148,9 @@ def states_of(
         gradients: of the group; state has their dtype, and the placement of the parameters.
         momentum_too: make the momentum's buffer as well, which otherwise comes with the first update.
     """
-    wanted = []
-    if group["beta1"] > 0:
-        wanted.append("exp_avg")
-    if needs_second_moment(group["grafting"]):
-        wanted.append("second_moment")
-    if momentum_too:
-        wanted.append("momentum_buffer")
+    wanted = state_keys(group)
+    if not momentum_too and "momentum_buffer" in wanted:
+        wanted.remove("momentum_buffer")
     found = []
     for parameter, gradient in zip(group["params"], gradients, strict=True):
         if gradient is None:
@@ -166,6 +162,25 @@ def states_of(
                 state[key] = like(parameter, torch.zeros_like(gradient))
         found.append(state)
     return found
+
+
+def state_keys(group: dict[str, Any]) -> list[str]:
+    """Which elementwise tensors a parameter of the group has in its state, once it was updated."""
+    keys = {
+        "exp_avg": group["beta1"] > 0,
+        "second_moment": needs_second_moment(group["grafting"]),
+        "momentum_buffer": group["momentum"] > 0,
+    }
+    return [key for key, kept in keys.items() if kept]
+
+
+def blank_state(group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """State of a parameter of the group before its first update."""
+    held = local(parameter).detach()
+    half = held.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half else held.dtype
+    moments = {key: like(parameter, torch.zeros_like(held, dtype=dtype)) for key in state_keys(group)}
+    return {"step": 0, **moments}
 
 
 def _spread(tensors: Tensors, present: list[int], pattern: MaybeTensors) -> MaybeTensors:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import SCHEDULED, make_model, make_optimizer, train, weights
 from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, attach
@@ -178,6 +179,35 @@ def what_is_asked_before_the_first_step_does_not_spoil_loading(folder):
         assert all(torch.equal(a, b) for a, b in zip(*map(weights, (pairs[0][0], pairs[1][0])), strict=True))
 
 
+def a_trainable_parameter_that_never_had_a_gradient(folder):
+    """torch asks for the state of every trainable parameter when it loads; it must have been saved."""
+    uninterrupted = make_model()
+    optimizer = make_optimizer(uninterrupted)
+    train(uninterrupted, optimizer, range(STOP), without={2, 3})
+    train(uninterrupted, optimizer, range(STOP, STOP + 7))
+    saved = make_model()
+    saving = make_optimizer(saved)
+    train(saved, saving, range(STOP), without={2, 3})
+    for name, options in OPTIONS.items():
+        path = folder / f"never-{name}"
+        wrapped = DistributedDataParallel(saved)
+        state = {"optimizer": get_optimizer_state_dict(wrapped, saving, options=options)}
+        dcp.save(state, checkpoint_id=path)
+        for before in (0, 2):
+            model = make_model()
+            optimizer = make_optimizer(model)
+            # One that has trained loads, too, whatever had gradients meanwhile.
+            train(model, optimizer, range(before), without={2, 3})
+            wrapped = DistributedDataParallel(model)
+            state = {"optimizer": get_optimizer_state_dict(wrapped, optimizer, options=options)}
+            dcp.load(state, checkpoint_id=path)
+            set_optimizer_state_dict(wrapped, optimizer, state["optimizer"], options=options)
+            model.load_state_dict(saved.state_dict())
+            train(model, optimizer, range(STOP, STOP + 7))
+            for index, (a, b) in enumerate(zip(*map(weights, (model, uninterrupted)), strict=True)):
+                assert torch.equal(a, b), f"{name}, {before} steps before: parameter {index}"
+
+
 def an_attached_preconditioner_resumes_from_one_file(folder):
     def attached():
         model = make_model()
@@ -245,6 +275,7 @@ SCENARIOS = [
     load_with_torch,
     training_after_an_initialisation_by_torch_is_as_without_it,
     what_is_asked_before_the_first_step_does_not_spoil_loading,
+    a_trainable_parameter_that_never_had_a_gradient,
     an_attached_preconditioner_resumes_from_one_file,
     an_attached_preconditioner_is_not_stepped_by_torch,
     a_first_step_with_a_learning_rate_of_zero_counts,

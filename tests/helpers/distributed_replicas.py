@@ -21,6 +21,7 @@ from distributed_training import (
     train,
     weights,
 )
+from live_tensors import Waiting, peak_of_steps
 from preconditioner_client import (
     BlockingConfig,
     DistributedConfig,
@@ -140,21 +141,20 @@ def every_block_has_one_owner_and_the_work_is_balanced(folder):
 
 
 def overlapped_updates_are_those_of_one_all_gather(folder):
-    """Buckets of one block, of a few, and of everything; parameters without gradients; groups added later."""
-    for settings in (
-        {"grafting": GraftingConfig(method="lamb"), "nesterov": True},
-        {"grafting": GraftingConfig(method="sgd", blend_steps=4), "staleness": EAGER},
+    """Buckets of one block, and of a few; parameters without gradients; a group added later."""
+    for dtype, settings in (
+        (torch.float32, {"grafting": GraftingConfig(method="lamb"), "nesterov": True}),
+        (torch.bfloat16, {"grafting": GraftingConfig(method="sgd", blend_steps=4), "staleness": EAGER}),
     ):
-        for dtype in (torch.float32, torch.bfloat16):
-            configs = [
-                DistributedConfig(communication_dtype=dtype, overlap=size is not None, bucket_bytes=size or 1)
-                for size in (None, 1, 600, 2**30)
-            ]
-            models = [make_model() for _ in configs]
-            optimizers = []
-            for model, config in zip(models, configs, strict=True):
-                weights = [model[0].weight, model[0].bias, model[2].weight]
-                optimizer = Shampoo(
+        models, optimizers = [], []
+        for size in (None, 1, 600):
+            models.append(make_model())
+            weights = list(models[-1][:3].parameters())
+            config = DistributedConfig(
+                communication_dtype=dtype, overlap=size is not None, bucket_bytes=size or 1
+            )
+            optimizers.append(
+                Shampoo(
                     [{"params": weights[:2]}, {"params": weights[2:], "lr": 0.1}],
                     momentum=0.9,
                     blocking=BlockingConfig(block_size=8),
@@ -162,17 +162,19 @@ def overlapped_updates_are_those_of_one_all_gather(folder):
                     distributed=config,
                     **({"staleness": SCHEDULED} | settings),
                 )
-                optimizers.append(optimizer)
-            for step in range(12):
-                for model, optimizer in zip(models, optimizers, strict=True):
-                    if step == 5:
-                        optimizer.add_param_group({"params": list(model[4].parameters())})
-                    # In step 7 the first group has no gradient at all.
-                    train(model, optimizer, [step], {0, 1} if step == 7 else {2} if step % 3 == 1 else ())
-                assert_replicas_are_equal(models[0])
-                for model in models[1:]:
-                    assert_same(model, models[0])
-            assert len(optimizers[1]._engine._shared._buckets) >= 12 // dist.get_world_size()
+            )
+        for step in range(10):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                if step == 5:
+                    optimizer.add_param_group({"params": list(model[4].parameters())})
+                # In step 7 the first group has no gradient at all.
+                train(model, optimizer, [step], {0, 1} if step == 7 else {2} if step % 3 == 1 else ())
+            assert_replicas_are_equal(models[0])
+            for model in models[1:]:
+                assert_same(model, models[0])
+        assert optimizers[0].metrics()["versions_adopted"] > 0
+        assert [len(o._engine._shared._buckets) for o in optimizers[:1]] == [1]
+        assert len(optimizers[1]._engine._shared._buckets) >= 12 // dist.get_world_size()
 
 
 def an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned(folder):
@@ -193,6 +195,28 @@ def an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned(folder):
     assert ("sent", False) not in events
     first, last = events.index(("sent", True)), len(events) - 1 - events[::-1].index(("product",))
     assert first < last, events
+
+
+def memory_of_owners_and_others_is_as_the_formula_has_it(folder):
+    """The first parameter's blocks are so costly that the others are left with the second's."""
+    for config in (DistributedConfig(), DistributedConfig(communication_dtype=torch.bfloat16, overlap=True)):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in ((256, 512), (96, 96), (512,))]
+        optimizer = Shampoo(
+            parameters,
+            blocking=BlockingConfig(block_size=512),
+            staleness=StalenessConfig(refresh_every=2, stagger=False),
+            service=Waiting(),
+            distributed=config,
+        )
+        estimate = optimizer.estimate_memory()
+        as_if = optimizer.estimate_memory(replicas=dist.get_world_size(), replica=dist.get_rank())
+        assert as_if == estimate
+        expected = estimate.total - estimate.in_flight
+        measured = peak_of_steps(optimizer, adopts=dist.get_rank() < 2)
+        assert measured <= expected <= 1.3 * measured, (measured, estimate)
+        statistics = on_all_ranks(estimate.statistics)
+        assert max(statistics) > 10 * min(statistics)
 
 
 class Faulty(LocalExchange):
@@ -406,6 +430,7 @@ SCENARIOS = [
     every_block_has_one_owner_and_the_work_is_balanced,
     overlapped_updates_are_those_of_one_all_gather,
     an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned,
+    memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
