@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
+from pathlib import Path
 
 import pytest
 
-from preconditioner_worker.results import ResultError, RunResult
+from preconditioner_worker.results import ResultError, RunResult, write_text
 
 
 def test_json_round_trip(make_run, tmp_path):
@@ -44,3 +46,16 @@ def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text('{"settings": 3}')
     with pytest.raises(ResultError, match="not the result of a run"):
         RunResult.load(tmp_path / "bad.json")
+
+
+def test_what_cannot_be_written_leaves_the_earlier_file(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "new" / "result.json", "whole")
+
+    def full(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ResultError, match=r"cannot write '.*result\.json': No space left on device"):
+        write_text(path, "other")
+    assert path.read_text() == "whole"
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]

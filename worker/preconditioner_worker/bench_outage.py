@@ -14,6 +14,7 @@ from rich.table import Table
 
 from preconditioner_client import ServiceConfig, Shampoo, StalenessConfig
 from preconditioner_worker.faults.service import LocalService, ServiceError
+from preconditioner_worker.results import write_text
 from preconditioner_worker.workloads import Workload
 
 _LONGEST_SECONDS = 300.0
@@ -226,5 +227,4 @@ def table(result: OutageBenchmark) -> Table:
 
 def save(result: OutageBenchmark, path: Path) -> None:
     """Write the result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1) + "\n")
+    write_text(path, result.model_dump_json(indent=1) + "\n")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.table import Table
 
-from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult
+from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult, write_text
 
 
 class StepTime(BaseModel):
@@ -91,7 +91,7 @@ class Comparison(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def crossing(run: RunResult, target: float) -> EvaluationPoint | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from preconditioner_worker.comparison import Comparison, StepTime
 from preconditioner_worker.experiments import conclude, horizon, run_all, settle
-from preconditioner_worker.results import RunResult, RunSettings
+from preconditioner_worker.results import RunResult, RunSettings, write_text
 from preconditioner_worker.workloads import Workload
 
 
@@ -92,7 +92,7 @@ def demonstrate(
     results = run_all(workload, runs, folder, console)
     comparison, picture = conclude(results, "adamw", folder, console)
     summary = summarise(comparison, results[-1], picture)
-    (folder / "summary.json").write_text(summary.model_dump_json(indent=1) + "\n")
+    write_text(folder / "summary.json", summary.model_dump_json(indent=1) + "\n")
     return summary
 
 

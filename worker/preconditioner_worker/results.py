@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from preconditioner_worker.schedule import Schedule
 
 
 class ResultError(ValueError):
-    """A file of results cannot be read; the message names it and says why."""
+    """A file of results cannot be read or written; the message names it and says why."""
 
 
 class _Record(BaseModel):
@@ -127,22 +130,28 @@ class RunResult(_Record):
         return f"{self.settings.label}-seed{self.settings.seed}"
 
     def save(self, folder: Path) -> Path:
-        """Write ``LABEL-seedN.json`` and two CSV files into ``folder``; returns the path of the JSON."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.stem}.json"
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        """Write ``LABEL-seedN.json`` and two CSV files into ``folder``.
+
+        Returns:
+            The path of the JSON.
+
+        Raises:
+            ResultError: one cannot be written.
+        """
         series = self.steps.model_dump()
-        with (folder / f"{self.stem}-steps.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *series])
-            writer.writerows(
-                [step, *values] for step, values in enumerate(zip(*series.values(), strict=True), start=1)
-            )
-        with (folder / f"{self.stem}-evaluations.csv").open("w", newline="") as file:
-            rows = csv.DictWriter(file, list(EvaluationPoint.model_fields))
-            rows.writeheader()
-            rows.writerows(point.model_dump() for point in self.evaluations)
-        return path
+        steps = zip(*series.values(), strict=True)
+        write_csv(
+            folder / f"{self.stem}-steps.csv",
+            ["step", *series],
+            ([step, *values] for step, values in enumerate(steps, start=1)),
+        )
+        fields = list(EvaluationPoint.model_fields)
+        write_csv(
+            folder / f"{self.stem}-evaluations.csv",
+            fields,
+            ([getattr(point, field) for field in fields] for point in self.evaluations),
+        )
+        return write_text(folder / f"{self.stem}.json", self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> RunResult:
@@ -157,3 +166,30 @@ class RunResult(_Record):
             raise ResultError(f"cannot read results from {str(path)!r}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultError(f"{str(path)!r} is not the result of a run: {error}") from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all, making its folder; returns ``path``.
+
+    Raises:
+        ResultError: it cannot be written; an earlier file of that name is as it was.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ResultError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    return path
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """The same for a table with a line of column names."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return write_text(path, text.getvalue())

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preconditioner_worker.optimizers import AnyOptimizer
-from preconditioner_worker.results import ResultError, RunSettings
+from preconditioner_worker.results import ResultError, RunSettings, write_text
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
 from preconditioner_worker.workloads import open_workload
@@ -97,10 +97,7 @@ class Tuning(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n")
-        partial.replace(path)
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def load_tuning(path: Path) -> Tuning:
