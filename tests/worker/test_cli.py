@@ -95,9 +95,9 @@ def test_help_of_every_command(capsys):
     for name in Application.model_fields:
         if name != "config":
             with pytest.raises(SystemExit) as stopped:
-                main([name, "--help"])
+                main([name.replace("_", "-"), "--help"])
             assert stopped.value.code == 0
-            assert f"preconditioner-worker {name}" in capsys.readouterr().out
+            assert f"preconditioner-worker {name.replace('_', '-')}" in capsys.readouterr().out
 
 
 def test_train_end_to_end(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -32,7 +33,10 @@ RECOVERY_SECONDS = 60.0
 
 Keepalive finds a half-open connection after 30 s at most, and the pause before the next attempt is 5 s."""
 
+_SERVICE = "service"
 _SERVICE_PATIENCE = 3.0
+_QUEUED = 3
+"""Faults of one target that may wait behind a slow one, as the start of a process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +156,27 @@ def _inject(
     """Faults of the service and of each job overlap; those of one target come one after the other."""
     by_name = {job.name: job for job in jobs}
     counts: Counter[str] = Counter()
-    under_way: dict[str, Future[None]] = {}
-    with ThreadPoolExecutor(len(jobs) + 1) as threads:
+    with ExitStack() as stack:
+        threads = {name: stack.enter_context(ThreadPoolExecutor(1)) for name in (_SERVICE, *by_name)}
+        queued: dict[str, list[Future[None]]] = {name: [] for name in threads}
         for planned in schedule(seed, list(by_name)):
-            target = planned.job if CATALOGUE[planned.name].about != "service" else "service"
+            target = planned.job if CATALOGUE[planned.name].about != "service" else _SERVICE
             time.sleep(planned.pause)
-            if target in under_way:
-                under_way[target].result()
+            if len(queued[target]) >= _QUEUED:
+                queued[target].pop(0).result()
             if time.monotonic() >= until:
                 break
-            counts[planned.name] += 1
-            report(f"{counts.total():4d}  {planned.name} ({target}, {planned.hold:.1f} s)")
             stage = Stage(service, by_name[planned.job], planned.draw)
-            under_way[target] = threads.submit(_play, planned, target, stage, recorder)
-        for playing in under_way.values():
+
+            def play(planned: Planned = planned, target: str = target, stage: Stage = stage) -> None:
+                if time.monotonic() >= until:
+                    return
+                counts[planned.name] += 1
+                report(f"{counts.total():4d}  {planned.name} ({target}, {planned.hold:.1f} s)")
+                _play(planned, target, stage, recorder)
+
+            queued[target].append(threads[target].submit(play))
+        for playing in itertools.chain(*queued.values()):
             playing.result()
     return counts
 
