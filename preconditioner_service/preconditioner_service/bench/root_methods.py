@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.linalg import lapack
 
-from preconditioner_service.roots import threads
+from preconditioner_service.roots import spectrum, threads
 
 from .host import host, write_json
 from .roots import load_torch
@@ -67,6 +67,7 @@ class BenchRootMethods(BaseModel):
         previous = divide_and_conquer(old)[1]
         candidates: dict[str, Callable[[], Pair]] = {
             "OpenBLAS dsyevd": lambda: divide_and_conquer(matrix),
+            "the same, reflectors in larger blocks": lambda: larger_blocks(matrix),
             "OpenBLAS dsyevr (MRRR)": lambda: mrrr(matrix),
             "OpenBLAS dsyev (QR)": lambda: implicit_qr(matrix),
             "MKL float64 (torch)": lambda: mkl(matrix, torch, torch.float64),
@@ -114,6 +115,12 @@ def divide_and_conquer(matrix: Floats) -> Pair:
     """LAPACK xSYEVD."""
     values, vectors, _ = lapack.dsyevd(matrix, lower=1)
     return values, vectors
+
+
+def larger_blocks(matrix: Floats) -> Pair:
+    """xSYEVD in its three parts, the last one by larger blocks: what the service does with large matrices."""
+    values, rows = spectrum.blocked(matrix.copy())
+    return values, rows.T
 
 
 def mrrr(matrix: Floats) -> Pair:

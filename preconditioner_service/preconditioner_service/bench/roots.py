@@ -21,8 +21,6 @@ from preconditioner_service.roots import Root, inverse_roots, pack, threads
 
 from .host import host, write_json
 
-BATCHED_UP_TO = 128
-"""Sizes that the service computes in batches, as here."""
 CONTENDERS = ("ours", "bare", "torch", "schur_newton")
 
 _LEAST_SECONDS = 0.05
@@ -36,7 +34,7 @@ class BenchRoots(BaseModel):
 
     One thread; times are the CPU time of that thread, which on an idle host is wall time. All contenders
     run in turn in every repetition, and ratios are medians over repetitions, so that what else the host does
-    falls on all of them. Up to n = 128 a run is a batch, and times are per root.
+    falls on all of them. A run of a small size is a batch, and times are per root.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
@@ -45,7 +43,10 @@ class BenchRoots(BaseModel):
     order: float = Field(4.0, gt=0, description="p of A^(-1/p)")
     aspect: float = Field(2.0, gt=0, description="columns per row of the random gradient G in A = G G^T")
     packed: bool = Field(False, description="hand matrices over as packed upper triangles")
-    batch: PositiveInt = Field(64, description="matrices in a batch, up to n = 128")
+    batch: PositiveInt = Field(64, description="matrices in a batch")
+    batched_up_to: int = Field(
+        128, description="largest size in batches; the service sends small ones in such"
+    )
     repeats: PositiveInt = Field(5, description="least repetitions for a size")
     seconds: float = Field(6.0, ge=0, description="least time for a size; more repetitions fill it")
     newton_up_to: int = Field(
@@ -73,7 +74,7 @@ class BenchRoots(BaseModel):
             write_json(self.json_file, result)
 
     def _measure(self, n: int, torch: Any) -> dict[str, Any]:
-        count = self.batch if n <= BATCHED_UP_TO else 1
+        count = self.batch if n <= self.batched_up_to else 1
         stack = statistics(n, count, self.aspect)
         contenders = {
             "ours": ours(stack, self.order, "eigh", self.packed),
