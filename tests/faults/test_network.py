@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from histories import Histories
 from network_link import NamespaceLink, ProxyLink, why_no_namespaces
 from service_process import wait_for
 from step_times import check_step_times
@@ -24,9 +25,10 @@ BACK = 20.0
 class Network:
     """A trainer and a service with a link between them, all well at the beginning and the end of a test."""
 
-    def __init__(self, link):
+    def __init__(self, link, histories):
         self.link = link
-        self.service = link.make_service()
+        self.histories = histories
+        self.service = link.make_service(histories.service())
         self.trainers = []
 
     def trainer(self, **staleness):
@@ -34,7 +36,7 @@ class Network:
             TrainerProcess(
                 self.link.reach(self.service),
                 self.link.trainer_prefix,
-                connection={"allow_plaintext": True},
+                connection={"allow_plaintext": True, **self.histories.trainer()},
                 **staleness,
             )
         )
@@ -63,8 +65,8 @@ def make_link(kind):
         pytest.param("proxy", marks=() if NO_NAMESPACES else pytest.mark.long_form),
     ],
 )
-def network(request):
-    network = Network(make_link(request.param))
+def network(request, tmp_path_factory):
+    network = Network(make_link(request.param), Histories(tmp_path_factory.mktemp("history")))
     try:
         network.service.start()
         network.trainer()
@@ -92,10 +94,11 @@ def begun(network, fault_report):
     return begin
 
 
-def fresh(trainer, fault, within):
-    """Every block has a version from after the healing."""
-    trainer.until_adopted(6, timeout=within + 30)
+def fresh(network, fault, within):
+    """Every block of the first trainer has a version from after the healing, and no rule was broken."""
+    network.trainers[0].until_adopted(6, timeout=within + 30)
     fault.recovered("every block has new versions", within=within)
+    network.histories.judge(fault)
 
 
 def test_a_short_partition(network, trainer, begun):
@@ -107,7 +110,7 @@ def test_a_short_partition(network, trainer, begun):
         during = trainer.for_seconds(3)
         network.link.heal()
         fault.lifted()
-        fresh(trainer, fault, within=10)
+        fresh(network, fault, within=10)
         assert trainer.metrics["connections"] == connections, "so short a partition breaks no connection"
         check_step_times(fault, before, during)
 
@@ -123,7 +126,7 @@ def test_latency_and_loss(network, trainer, begun, seconds):
         network.link.heal()
         fault.lifted()
         assert trainer.metrics["versions_adopted"] > adopted, "versions arrive all the same"
-        fresh(trainer, fault, within=10)
+        fresh(network, fault, within=10)
         check_step_times(fault, before, during)
 
 
@@ -138,7 +141,7 @@ def test_a_narrow_link(network, trainer, begun, seconds):
         network.link.heal()
         fault.lifted()
         assert trainer.metrics["versions_adopted"] > adopted, "versions arrive all the same"
-        fresh(trainer, fault, within=10)
+        fresh(network, fault, within=10)
         check_step_times(fault, before, during)
 
 
@@ -154,7 +157,7 @@ def test_a_partition_longer_than_keepalive(network, trainer, begun):
         during += trainer.for_seconds(5)
         network.link.heal()
         fault.lifted()
-        fresh(trainer, fault, within=BACK)
+        fresh(network, fault, within=BACK)
         check_step_times(fault, before, during)
 
 
@@ -173,12 +176,12 @@ def test_the_service_vanishes_without_a_word(network, trainer, begun):
         fault.lifted()
         during += trainer.until(lambda: not trainer.metrics["connected"], NOTICED, "the trainer's notice")
         fault.detected("the reset of the new service, or keepalive")
-        fresh(trainer, fault, within=NOTICED + BACK)
+        fresh(network, fault, within=NOTICED + BACK)
         check_step_times(fault, before, during)
 
 
 @pytest.mark.long_form
-def test_the_trainer_vanishes_without_a_word(network, trainer, begun):
+def test_the_trainer_vanishes_without_a_word(network, begun):
     with begun("half-open: the trainer is gone, no FIN came") as fault:
         lost = network.trainer()
         lost.until_adopted(6)
@@ -192,4 +195,4 @@ def test_the_trainer_vanishes_without_a_word(network, trainer, begun):
         assert fault.detected("keepalive of the service, for both trainers") <= NOTICED
         network.link.heal()
         fault.lifted()
-        fresh(trainer, fault, within=BACK)
+        fresh(network, fault, within=BACK)

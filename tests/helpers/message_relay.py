@@ -1,4 +1,4 @@
-"""A gRPC relay between a trainer and a service, in the test's own process, that changes messages on the way."""
+"""A gRPC relay between a trainer and a service, in the process of the test, that changes what passes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class MessageRelay:
         up: what a trainer's message becomes; may be set at any time.
         down: what a service's message becomes.
         changed: messages that did not pass as they were.
+        nacks: that the service sent.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -45,6 +46,7 @@ class MessageRelay:
             self.up: Mutation[pb.TrainerMessage] = lambda message: [message]
             self.down: Mutation[pb.ServiceMessage] = lambda message: [message]
             self.changed = 0
+            self.nacks: list[pb.Nack] = []
 
     def OpenSession(self, request, context):
         return self._unary(self._upstream.OpenSession, request, context)
@@ -77,6 +79,8 @@ class MessageRelay:
         for message in messages:
             with self._guard:
                 first = message.WhichOneof("kind") in ("attach", "attached")
+                if message.WhichOneof("kind") == "nacks":
+                    self.nacks += message.nacks.nacks
                 passed = [message] if first else list(mutation(message))
                 self.changed += passed != [message]
             yield from passed

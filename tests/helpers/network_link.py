@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,10 @@ class NamespaceLink:
         self.kind = self._wire.kind
         self.trainer_prefix = ["ip", "netns", "exec", self._spaces.trainer]
 
-    def make_service(self) -> ServiceProcess:
+    def make_service(self, arguments: Sequence[str] = ()) -> ServiceProcess:
         """Not started yet."""
         return ServiceProcess(
-            arguments=["--allow-plaintext"],
+            arguments=["--allow-plaintext", *arguments],
             host=SERVICE,
             prefix=["ip", "netns", "exec", self._spaces.service],
         )
@@ -221,9 +222,9 @@ class ProxyLink:
         self.trainer_prefix: list[str] = []
         self._proxy: Proxy | None = None
 
-    def make_service(self) -> ServiceProcess:
+    def make_service(self, arguments: Sequence[str] = ()) -> ServiceProcess:
         """Not started yet."""
-        return ServiceProcess()
+        return ServiceProcess(arguments=arguments)
 
     def reach(self, service: ServiceProcess) -> str:
         """The address for the trainer."""

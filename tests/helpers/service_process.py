@@ -44,6 +44,12 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _temporary_log() -> str:
+    handle, path = tempfile.mkstemp(prefix="service-", suffix=".log")
+    os.close(handle)
+    return path
+
+
 class ServiceProcess:
     """One service on a fixed loopback port. ``start`` returns when it is ready.
 
@@ -54,6 +60,7 @@ class ServiceProcess:
         environment: more variables.
         host: where it listens.
         prefix: stands before its command.
+        log: file for its log; default a temporary one.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class ServiceProcess:
         environment: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
+        log: str | None = None,
     ) -> None:
         self.prefix = list(prefix)
         self.port = port or free_port()
@@ -73,8 +81,8 @@ class ServiceProcess:
         self.address = f"{host}:{self.port}"
         self.process: subprocess.Popen[str] | None = None
         self._family: list[psutil.Process] = []
-        handle, self._log = tempfile.mkstemp(prefix="service-", suffix=".log")
-        os.close(handle)
+        self._own_log = log is None
+        self._log = log or _temporary_log()
 
     @property
     def log(self) -> str:
@@ -143,7 +151,8 @@ class ServiceProcess:
         for straggler in self.survivors():
             with contextlib.suppress(psutil.NoSuchProcess):
                 straggler.kill()
-        Path(self._log).unlink(missing_ok=True)
+        if self._own_log:
+            Path(self._log).unlink(missing_ok=True)
 
     def __enter__(self) -> ServiceProcess:
         return self.start()
