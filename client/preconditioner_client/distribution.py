@@ -102,6 +102,11 @@ class Ranks:
         return self.shards * self.replicas
 
     @property
+    def communication(self) -> str:
+        """How finished updates are shared, which all ranks must have set alike."""
+        return f"communication_dtype={self.communication_dtype}, bucket_bytes={self.bucket_bytes}"
+
+    @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
         """Groups that together connect all ranks: a reduction over each in turn is one over all."""
         return tuple(group for group in (self.replica_group, self.shard_group) if group is not None)

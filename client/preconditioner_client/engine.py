@@ -17,10 +17,11 @@ from preconditioner_client.agreement import Described, agree
 from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
-from preconditioner_client.exchange import Arrival, Exchange, SessionSpec, Snapshot
+from preconditioner_client.exchange import Exchange, SessionSpec
 from preconditioner_client.gradients import check_finite, judge, named
 from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
+from preconditioner_client.held_blocks import HeldBlocks
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
 from preconditioner_client.refresh import Mask, Refresher
 from preconditioner_client.service_config import ServiceConfig
@@ -60,7 +61,8 @@ class Engine:
         self.distributed = check_distributed(distributed)
         self.plans: list[GroupPlan] = []
         self.ranks = Ranks()
-        self.refresher = Refresher(staleness, [], self._snapshots, self._adopt)
+        self._held = HeldBlocks()
+        self.refresher = Refresher(staleness, [], self._held.snapshots, self._held.adopt)
         self.step = 0
         self._raw_exchange, self._job = make_exchange(service, job)
         # Larger than any before, also where the clock was set back meanwhile.
@@ -70,7 +72,6 @@ class Engine:
         self._waited_before = 0.0
         self._usable: Mask = np.empty(0, dtype=np.bool_)
         self._exchange = self._raw_exchange
-        self._entries: list[StackPlan] = []
         self._session_due = False
         self._session_opened = False
         self._loads = Loads()
@@ -96,11 +97,10 @@ class Engine:
             raise ValueError(
                 f"{names[0]} lies on other ranks than the groups before: give it to an optimizer of its own"
             )
-        plan = plan_group(settings, parameters, names, len(self._entries), ranks, self._loads)
+        plan = plan_group(settings, parameters, names, len(self._held), ranks, self._loads)
         self.ranks = ranks
         self.plans.append(plan)
-        for entry in plan.stacks:
-            self._entries.extend([entry] * len(entry.stack))
+        self._held.extend(plan)
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
@@ -138,12 +138,12 @@ class Engine:
         self.parameters = []
         self._devices = []
         self._texts = []
-        self._entries = []
+        self._held = HeldBlocks()
         self._loads = Loads()
         self._shared = None
         self._session_due = False
         self.ranks = Ranks()
-        self.refresher = Refresher(self.refresher.config, [], self._snapshots, self._adopt)
+        self.refresher = Refresher(self.refresher.config, [], self._held.snapshots, self._held.adopt)
         self.refresher.history = self._history
 
     def examine(
@@ -314,7 +314,8 @@ class Engine:
             Described(text, local(parameter))
             for text, parameter in zip(self._texts, self.parameters, strict=True)
         ]
-        self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, self._common(), described)
+        common = f"{self.refresher.config}, {self.ranks.communication}"
+        self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)
         self._session_due = False
         staleness = self.refresher.config
         session = SessionSpec(
@@ -328,20 +329,12 @@ class Engine:
         )
         if self._history is not None:
             self._history.session(session, staleness, self.refresher.versions, self.step)
-        if not self._entries:
+        devices = self._held.devices()
+        if not devices:
             return
-        devices = [entry.stack.device for entry in self._entries]
         if any(device.type == "cuda" for device in devices):
             self._exchange = UploadingExchange(self._raw_exchange, devices)
         self._exchange.open(session)
-
-    def _common(self) -> str:
-        """What all ranks must have set alike, beside what belongs to a parameter."""
-        ranks = self.ranks
-        return (
-            f"{self.refresher.config}, communication_dtype={ranks.communication_dtype}, "
-            f"bucket_bytes={ranks.bucket_bytes}"
-        )
 
     def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:
         """Weight of the preconditioned direction per row; None if it is 1 for all."""
@@ -352,28 +345,3 @@ class Engine:
         if (weights == 1.0).all():
             return None
         return upload(weights.tolist(), torch.float32, entry.stack.device)
-
-    def _by_stack(self, blocks: Sequence[int]) -> list[tuple[StackPlan, list[int]]]:
-        """Positions in ``blocks``, grouped by the stack that holds them."""
-        grouped: dict[int, list[int]] = {}
-        for position, block in enumerate(blocks):
-            grouped.setdefault(self._entries[block].first, []).append(position)
-        return [(self._entries[first], positions) for first, positions in grouped.items()]
-
-    def _snapshots(self, blocks: Sequence[int], step: int) -> list[Snapshot]:
-        snapshots = []
-        for entry, positions in self._by_stack(blocks):
-            rows = [blocks[i] - entry.first for i in positions]
-            # A frozen block has no statistics, whose root would be the identity, and no preconditioner.
-            rows = [row for row in rows if entry.stack.updates[row]]
-            if not rows:
-                continue
-            taken = entry.stack.snapshot(rows)
-            for row, sides in zip(rows, taken.sides, strict=True):
-                snapshots.append(Snapshot(entry.first + row, step, sides, taken.ready))
-        return snapshots
-
-    def _adopt(self, arrivals: Sequence[Arrival]) -> None:
-        for entry, positions in self._by_stack([arrival.block for arrival in arrivals]):
-            chosen = [arrivals[i] for i in positions]
-            entry.stack.adopt([a.block - entry.first for a in chosen], [a.sides for a in chosen])

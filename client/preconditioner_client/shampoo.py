@@ -70,7 +70,7 @@ class Shampoo(Optimizer):
 
     Raises:
         ValueError: a setting outside of its range, a complex parameter, a gradient with NaN or infinity (from
-            :meth:`step`, before anything was changed).
+            :meth:`step`, before anything was changed; on an accelerator such a step has no effect instead).
         ExchangeError: the service could not be started, or refuses this trainer for good.
 
     Under several ranks every block has one owner, which alone keeps its statistics and speaks to the service;
@@ -143,8 +143,10 @@ class Shampoo(Optimizer):
         Does no I/O with the service, and waits only as ``staleness`` says, and for other ranks.
 
         Raises:
-            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. Or ranks do
-                not train the same.
+            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. (On an
+                accelerator, where the host would have to wait to know, there is no error: such a step changes
+                neither statistics nor moments nor weights, sets the gradients to zero, and is logged and
+                counted as soon as the host hears of it.) Or ranks do not train the same.
             RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
                 goes through a ``GradScaler``.
             ExchangeError: the service refused this trainer for good when it first answered.
@@ -185,7 +187,8 @@ class Shampoo(Optimizer):
         versions), ``age_max`` (largest ever used), ``ages`` (steps from snapshot to adoption of the latest
         refreshes); ``versions_adopted``, ``outdated`` and ``refused`` (NACKs); ``waits``, ``wait_seconds``,
         ``wait_timeouts``, ``breaker_open``; ``blocks_grafted_stale`` and ``blocks_kept_stale`` (blocks x
-        steps beyond the bound); ``late_adoptions`` (after their scheduled step); and the exchange's
+        steps beyond the bound); ``late_adoptions`` (after their scheduled step); ``nonfinite_steps`` (on an
+        accelerator, known to have had no effect since a gradient was not finite); and the exchange's
         counters, see :meth:`Exchange.counters`. Among several ranks all of it is about this rank's blocks.
         """
         return cast(Engine, self._engine).metrics()
