@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,15 @@ class Soak(BaseModel):
     """Write the result to this file."""
     quiet: bool = False
     """Print the result alone, and not every fault."""
+
+    @field_validator("folder")
+    @classmethod
+    def _new(cls, folder: Path | None) -> Path | None:
+        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                "the folder must be new or empty, or histories of two runs would be judged as one"
+            )
+        return folder
 
     def cli_cmd(self) -> None:
         """Run, print, save; the exit status is 1 if a rule was broken."""
