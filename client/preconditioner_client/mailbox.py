@@ -85,9 +85,9 @@ class Mailbox:
         order = Order.of(spec, self._history)
         with self._lock:
             self._settle()
+            self._leave()
             self._order = order
             self._log = order.log
-            self._lane = None
             self._session_id = ""
             self._reoffer_due = False
             self._failure = None
@@ -154,7 +154,7 @@ class Mailbox:
         """Nothing goes on any more; every waiting thread returns."""
         with self._lock:
             self._stopped = True
-            self._lane = None
+            self._leave()
             self._work.notify_all()
             self._activity.notify_all()
 
@@ -212,9 +212,7 @@ class Mailbox:
         """The stream is over; what was not sent is kept."""
         with self._lock:
             if self._lane is lane:
-                self._lane = None
-                if self._log is not None and lane.attached:
-                    self._log.attached(False)
+                self._leave()
             self._work.notify_all()
 
     # -- the sending thread --------------------------------------------------------------------------
@@ -317,6 +315,11 @@ class Mailbox:
             self._activity.notify_all()
 
     # ------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if self._log is not None and self._lane is not None and self._lane.attached:
+            self._log.attached(False)
+        self._lane = None
 
     def _is_urgent(self, lane: Lane) -> bool:
         """Whether the sending thread has something better to do than to wait for more receipts."""
