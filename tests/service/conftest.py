@@ -23,16 +23,19 @@ PREFIX = "PRECONDITIONER_SERVICE_"
 
 
 class ServiceProcess:
-    def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, environment: dict[str, str | None] | None = None
+    ) -> None:
         self.log_path = directory / f"{next(_numbers)}.log"
         clean = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
+        variables = {**clean, f"{PREFIX}TOKEN": TOKEN, **(environment or {})}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "preconditioner_service", "serve", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**clean, f"{PREFIX}TOKEN": TOKEN, **(environment or {})},
+                env={name: value for name, value in variables.items() if value is not None},
                 start_new_session=True,
             )
         self.line = json.loads(self.process.stdout.readline())
