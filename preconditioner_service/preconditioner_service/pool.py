@@ -29,9 +29,10 @@ from preconditioner_service.tasks import RootOutcome, RootTask
 
 T = TypeVar("T")
 
-_HIDES_LATENCY = 0.05
+_HIDES_LATENCY = 0.02
 """Seconds of estimated work up to which an actor takes a second batch behind the first. Behind longer ones
-the time of a call does not matter, and a batch that is chosen later holds newer snapshots."""
+the time of a call does not matter, and a batch that is chosen later holds newer snapshots, and may be that of
+another job, which otherwise waits for both."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between attempts to reach an actor that is being restarted."""
@@ -307,7 +308,8 @@ class RayPool:
     async def _ask(self, worker: Worker) -> None:
         try:
             future: Future[int] = await self._call(lambda: worker.actor.ping.remote().future())
-            await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
+            # Another process id than before, where Ray restarted it meanwhile.
+            worker.pid = await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
             worker.seen = time.monotonic()
         except asyncio.TimeoutError:
             if not worker.batches:  # or it works, and has the batch's own deadline

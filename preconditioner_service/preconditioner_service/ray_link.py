@@ -46,19 +46,20 @@ async def until_lost(
         period: seconds between two questions.
     """
     loop = asyncio.get_running_loop()
-    answered, why = loop.time(), "no answer"
-    while (silent := loop.time() - answered) < patience:
+    answered, unanswered, why = loop.time(), 0, ""
+    # Two questions at least: time alone passes for a process that was stopped, too.
+    while unanswered < 2 or loop.time() - answered < patience:
         await asyncio.sleep(period)
         try:
-            alive = await asyncio.wait_for(_in_thread(node_is_alive), patience - silent)
+            alive = await asyncio.wait_for(_in_thread(node_is_alive), patience / 2)
         except asyncio.TimeoutError:
-            why = "no answer"
+            unanswered, why = unanswered + 1, "no answer"
         except Exception as error:
-            why = str(error) or type(error).__name__
+            unanswered, why = unanswered + 1, str(error) or type(error).__name__
         else:
             if not alive:
                 return "its head has declared this host's node dead"
-            answered = loop.time()
+            answered, unanswered = loop.time(), 0
     return f"its head has not answered for {patience:.0f} s ({why})"
 
 
