@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
-from preconditioner_service import tokens
+from preconditioner_service import reloading, tokens
 from preconditioner_service.access import open_policy
 from preconditioner_service.files import FileError
 from preconditioner_service.policy import Caller, Grant, Policy
@@ -50,6 +52,19 @@ tokens = ["{digest("teams")}"]
 [jobs.closed]
 tokens = []
 """
+
+
+def test_the_readmes_example_is_one(tmp_path):
+    text = (Path(__file__).parents[2] / "preconditioner_service" / "README.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    found = policy(tmp_path, example.replace("sha256:...", digest("token")))
+    assert found.grant("llm-7b").weight == 2.0
+    assert found.grant("llm-7b").quotas.max_refresh_rate == 500
+    assert found.grant("team-a-1").max_jobs == 4
+
+
+def test_what_the_readme_promises_of_time_holds():
+    assert 3 * reloading.POLL_SECONDS <= 5
 
 
 def test_tokens_open_their_jobs_and_no_others(tmp_path):
