@@ -145,7 +145,7 @@ class Shampoo(Optimizer):
         Raises:
             ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. (On an
                 accelerator, where the host would have to wait to know, there is no error: such a step changes
-                neither statistics nor moments nor weights, sets the gradients to zero, and is logged and
+                neither statistics nor moments nor weights, may set gradients to zero, and is logged and
                 counted as soon as the host hears of it.) Or ranks do not train the same.
             RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
                 goes through a ``GradScaler``.

@@ -265,9 +265,10 @@ def replicas_stay_bit_identical_whatever_arrives_when(folder):
         for step in range(30):
             train(model, optimizer, [step])
             train(undisturbed, reference, [step])
-            train(overlapped, bucketed, [step])
             assert_replicas_are_equal(model)
-            assert_same(overlapped, model)
+            if staleness.policy == "graft":
+                train(overlapped, bucketed, [step])
+                assert_same(overlapped, model)
         assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
         stale = on_all_ranks(optimizer.metrics()["age_max"])
         assert stale[last] > stale[0]
