@@ -141,7 +141,7 @@ def test_the_quota_of_bytes_counts_all_ranks_of_a_job(service, job):
     first.open(open_request(job, blocks, rank=0, world_size=2))
     code, details = refusal(second, open_request(job, blocks, rank=1, world_size=2))
     assert code is Code.RESOURCE_EXHAUSTED
-    assert "the job's" in details
+    assert "(max_job_bytes)" in details
     # Another job has a quota of its own.
     second.open(open_request(job + "-other", blocks))
     # The same rank again, and a newer epoch, replace and do not add.
