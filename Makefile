@@ -6,7 +6,7 @@ PROTOS_VENV := .venv-protos
 SOURCES := protos client preconditioner_service worker tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint protos check-protos clean
+.PHONY: help setup demo test faults abuse fuzz lint protos check-protos clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,12 @@ test: setup lint check-protos  ## Lint, type-check, and run every test.
 
 faults: setup  ## Inject every fault of the catalogue into real processes; print what became of each.
 	$(BIN)/python -m pytest tests/faults --whole-catalogue --faults-json runs/faults.json
+
+abuse: setup  ## Attack a real service in every way of the catalogue; print memory, statuses and another job's times.
+	PYTHONPATH=tests/helpers $(BIN)/python tests/abuse/run.py
+
+fuzz: setup  ## Fuzz the message handlers with COUNT (100000) scripts of calls.
+	PYTHONPATH=tests/helpers $(BIN)/python tests/abuse/fuzz.py --count $(or $(COUNT),100000)
 
 lint: setup  ## ruff and mypy --strict.
 	$(BIN)/ruff check $(SOURCES)

@@ -21,9 +21,6 @@ from preconditioner_service.logs import limited
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-_ANSWER_SECONDS = 10.0
-"""For a caller to take a unary answer or Attached: a caller can announce that it has no room for a byte."""
-
 
 class EndOfStream(Exception):
     """The service ends the call with this status."""
@@ -101,18 +98,19 @@ class WaitingRoom:
         oldest.displaced.set_result(None)
 
 
-async def answer(context: Context, message: Any) -> None:
+async def answer(context: Context, message: Any, seconds: float) -> None:
     """Write a message that the caller is waiting for.
 
     Raises:
-        EndOfStream: UNAVAILABLE if it does not take it.
+        asyncio.CancelledError: it did not take it in time. A caller can announce that it has no room for a
+            byte; a status would wait behind the message, and the call's place with it.
     """
     try:
-        await asyncio.wait_for(context.write(message), _ANSWER_SECONDS)
+        await asyncio.wait_for(context.write(message), seconds)
     except asyncio.TimeoutError:
-        raise EndOfStream(
-            grpc.StatusCode.UNAVAILABLE, f"the answer was not taken within {_ANSWER_SECONDS:g} s"
-        ) from None
+        host = host_of(context.peer())
+        limited(logging.WARNING, "answer not taken", host, host=host, answer_timeout=seconds)
+        raise asyncio.CancelledError from None
 
 
 def host_of(peer: str) -> str:

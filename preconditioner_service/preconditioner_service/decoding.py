@@ -25,8 +25,8 @@ Fields: TypeAlias = "Mapping[int, Fields]"
 _TRAINER_ENTRIES: Fields = {2: {1: {}}, 3: {1: {}}}
 _MANIFEST_BLOCKS: Fields = {6: {1: {}}}
 
-_BEGINNINGS = (b"\x0a", b"\x8a")
-"""A length-delimited field 1 begins with one of them; with the second, if its tag is longer than need be."""
+_FEW = 1024
+"""Entries that are parsed in about a millisecond."""
 
 _OTHER_FIELDS = 1024
 """Of a message, beside its entries; a walk over millions would hold up the streams."""
@@ -80,6 +80,11 @@ def decode_open_request(data: bytes, max_blocks: int) -> pb.OpenSessionRequest:
     return decode(pb.OpenSessionRequest, data)
 
 
+def may_hold_many(data: bytes) -> bool:
+    """Whether a message of a stream may hold many entries for its size; large matrices look like few."""
+    return _beginnings(data) > _FEW + len(data) // 64
+
+
 def holds_more(data: bytes, fields: Fields, most: int) -> bool:
     """Whether serialized bytes hold more than so many entries of repeated fields numbered 1.
 
@@ -88,12 +93,17 @@ def holds_more(data: bytes, fields: Fields, most: int) -> bool:
         fields: where the entries are.
         most: entries that are allowed.
     """
-    if sum(data.count(beginning) for beginning in _BEGINNINGS) <= most:
+    if _beginnings(data) <= most:
         return False
     try:
         return _Walk(data, most).exceeds(fields)
     except _MalformedError:
         return False
+
+
+def _beginnings(data: bytes) -> int:
+    # A length-delimited field 1 begins with one of them; with the second, if its tag is longer than need be.
+    return data.count(b"\x0a") + data.count(b"\x8a")
 
 
 class _Walk:
@@ -109,10 +119,10 @@ class _Walk:
         data = self._data
         while at < end:
             self._fields_left -= 1
-            tag, at = _varint(data, at, end)
+            tag, at = _number(data, at, end)
             kind = tag & 7
             if kind == _LENGTH:
-                length, at = _varint(data, at, end)
+                length, at = _number(data, at, end)
                 if length > end - at:
                     raise _MalformedError
                 inner = fields.get(tag >> 3)
@@ -123,7 +133,7 @@ class _Walk:
                     self._entries_left -= 1
                 at += length
             elif kind == _VARINT:
-                _, at = _varint(data, at, end)
+                _, at = _number(data, at, end)
             elif kind in (_FIXED64, _FIXED32):
                 at += 8 if kind == _FIXED64 else 4
             else:
@@ -133,8 +143,10 @@ class _Walk:
         return False
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """A number of at most ten bytes, and the position behind it."""
+def _number(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """A varint, and the position behind it. Most have one byte."""
+    if at < end and data[at] < 0x80:
+        return data[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

@@ -19,7 +19,7 @@ import grpc.aio
 from preconditioner_protos import MAX_ENTRIES, Assembler, PackedBlock, Refusal, chunk_messages
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.calls import Context, EndOfStream
-from preconditioner_service.decoding import decode_trainer_message
+from preconditioner_service.decoding import decode_trainer_message, may_hold_many
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.logs import limited
 from preconditioner_service.sessions import Session
@@ -174,6 +174,8 @@ class ExchangeStream:
 
     async def _read(self) -> None:
         while (data := await self._next()) is not grpc.aio.EOF:
+            if may_hold_many(data):
+                await self._turns.take()
             message = decode_trainer_message(data)
             kind = message.WhichOneof("kind")
             if kind == "chunks":

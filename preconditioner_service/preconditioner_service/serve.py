@@ -74,6 +74,8 @@ def announce(out: TextIO, **entry: object) -> None:
 def run(settings: ServeSettings, out: TextIO) -> int:
     """Serve until a signal, or the parent's end, and return the exit status."""
     logs.set_up(settings.log_level, settings.log_format)
+    # Large manifests are checked in a thread, which by default keeps the streams waiting for 5 ms at a time.
+    sys.setswitchinterval(0.0005)
     try:
         asyncio.run(_Run(settings, out).main())
     except (ServeError, PoolError, HistoryError, FileError) as error:
@@ -134,6 +136,7 @@ class _Run:
                 credit_bytes=settings.credit_bytes,
                 session_ttl=settings.session_ttl,
                 stream_idle_timeout=settings.stream_idle_timeout,
+                answer_timeout=settings.answer_timeout,
             ),
             version=_version(),
             workers=lambda: self._pool.alive,

@@ -46,6 +46,7 @@ class ExchangeLimits:
     credit_bytes: int
     session_ttl: float
     stream_idle_timeout: float
+    answer_timeout: float
 
 
 class Service:
@@ -73,7 +74,7 @@ class Service:
         self._board = board
         self._dispatcher = dispatcher
         self._policy = policy
-        self._limits = limits
+        self.limits = limits
         self._version = version
         self._workers = workers
         self._service_id = secrets.token_hex(8)
@@ -109,9 +110,9 @@ class Service:
             service_id=self._service_id,
             placement=pb.Placement(revision=1, fronts=[pb.Front()]),
             limits=pb.Limits(
-                max_message_bytes=self._limits.max_message_bytes,
-                credit_bytes=self._limits.credit_bytes,
-                session_ttl_seconds=self._limits.session_ttl,
+                max_message_bytes=self.limits.max_message_bytes,
+                credit_bytes=self.limits.credit_bytes,
+                session_ttl_seconds=self.limits.session_ttl,
             ),
         )
 
@@ -202,7 +203,9 @@ class Service:
         self._available()
         attach = _attach_of(data)
         session = self._session(attach)
-        await answer(context, pb.ServiceMessage(attached=pb.Attached(epoch=session.epoch)))
+        await answer(
+            context, pb.ServiceMessage(attached=pb.Attached(epoch=session.epoch)), self.limits.answer_timeout
+        )
         if session.closed:
             raise EndOfStream(grpc.StatusCode.ABORTED, "the session was closed meanwhile")
         stream = self._attach(session, attach, context)
@@ -238,9 +241,9 @@ class Service:
             session,
             context,
             self._dispatcher,
-            credit_bytes=min(attach.credit_bytes, self._limits.credit_bytes),
-            max_message_bytes=self._limits.max_message_bytes,
-            idle_timeout=self._limits.stream_idle_timeout,
+            credit_bytes=min(attach.credit_bytes, self.limits.credit_bytes),
+            max_message_bytes=self.limits.max_message_bytes,
+            idle_timeout=self.limits.stream_idle_timeout,
             turns=self._turns,
         )
         older = self._board.attach(session, stream)

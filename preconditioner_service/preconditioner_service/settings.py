@@ -155,6 +155,9 @@ class ServeSettings(BaseSettings):
     first_message_timeout: PositiveSeconds = Field(
         10.0, description="seconds that a call may stay without its first message"
     )
+    answer_timeout: PositiveSeconds = Field(
+        10.0, description="seconds that a caller may take to receive an answer"
+    )
     stream_idle_timeout: PositiveSeconds = Field(
         3600.0, description="seconds that a stream may stay without a message from the trainer"
     )

@@ -31,20 +31,21 @@ def add_to(server: grpc.aio.Server, service: Service, waiting: WaitingRoom) -> N
     async def status(data: bytes, context: Context) -> Message:
         return await service.GetStatus(decode(pb.GetStatusRequest, data), context)
 
+    seconds = service.limits.answer_timeout
     methods = {
-        "OpenSession": _unary(service.OpenSession, waiting),
-        "CloseSession": _unary(close, waiting),
-        "GetStatus": _unary(status, waiting),
+        "OpenSession": _unary(service.OpenSession, waiting, seconds),
+        "CloseSession": _unary(close, waiting, seconds),
+        "GetStatus": _unary(status, waiting, seconds),
         "Exchange": _stream(service.Exchange, waiting),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
 
 def _unary(
-    method: Callable[[bytes, Context], Awaitable[Message]], waiting: WaitingRoom
+    method: Callable[[bytes, Context], Awaitable[Message]], waiting: WaitingRoom, seconds: float
 ) -> grpc.RpcMethodHandler[Any, Any]:
     async def handle(data: bytes, context: Context) -> None:
-        await answer(context, await method(data, context))
+        await answer(context, await method(data, context), seconds)
 
     return _stream(handle, waiting)
 
@@ -72,7 +73,7 @@ def channel_options(settings: ServeSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         # Dead peers are found within half a minute; clients may ping every five seconds.
         ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -1,0 +1,35 @@
+"""Every attack in short, on one real service. ``make abuse`` is the long form, with times that are judged.
+
+Here a machine may be busy with other tests, so that the other job only has to be served all the while.
+"""
+
+from __future__ import annotations
+
+import attacks
+import pytest
+from cases import CASES
+from measure import SETTINGS, HonestJob, measure
+
+from service_process import ServiceProcess
+
+_FILLS = {attacks.dropped_sessions, attacks.unread_pushes}
+"""These leave no room for sessions of other attacks."""
+
+_ONE_BY_ONE = [[case] for case in CASES if case.attack in _FILLS]
+_TOGETHER = [case for case in CASES if case.attack not in _FILLS]
+_GROUPS = [*(_TOGETHER[start::4] for start in range(4)), *_ONE_BY_ONE]
+
+
+@pytest.fixture(scope="module")
+def attacked():
+    with ServiceProcess(workers=2, arguments=SETTINGS) as service:
+        yield service, HonestJob(service)
+
+
+@pytest.mark.parametrize("cases", _GROUPS, ids=lambda cases: "-".join(c.attack.__name__ for c in cases))
+def test_attacks_are_refused_within_the_memory_and_others_are_served(attacked, cases):
+    # As many connections as are refused; of other attacks a part.
+    scale = {case: 1.0 if case.attack in (attacks.idle_connections, *_FILLS) else 0.4 for case in cases}
+    for outcome in measure(*attacked, cases, 2.0, scale):
+        assert not [fault for fault in outcome.faults if "slower" not in fault], outcome
+        assert outcome.samples >= 3
