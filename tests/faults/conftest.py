@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fault_catalogue import FaultReport
+from fault_stage import Stage
 from service_process import ServiceProcess, wait_for
 
 REPORT = pytest.StashKey[FaultReport]()
@@ -51,9 +52,23 @@ def service():
         yield running
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session")
+def _stage(tmp_path_factory):
+    stage = Stage(tmp_path_factory.mktemp("histories"))
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def stage(_stage) -> Stage:
+    """A service and a trainer that all tests share; a test may do to them what it likes."""
+    _stage.set()
+    return _stage
+
+
+@pytest.fixture(scope="session", autouse=True)
 def nobody_left_behind():
-    """What a module started has ended when it is over, services and Ray's processes among it."""
+    """What was started has ended when all is over, services and Ray's processes among it."""
     me = psutil.Process()
     before = {process.pid for process in me.children(recursive=True)}
     yield
@@ -65,4 +80,4 @@ def nobody_left_behind():
             if process.pid not in before and process.status() != psutil.STATUS_ZOMBIE
         ]
 
-    wait_for(gone, timeout=30, what="the end of every process that the module started")
+    wait_for(gone, timeout=30, what="the end of every process that was started")

@@ -112,10 +112,14 @@ class ServiceProcess:
         self._family = psutil.Process(self.process.pid).children(recursive=True)
         return self
 
-    def actors(self) -> list[psutil.Process]:
-        """The processes that compute roots, as they are now."""
+    def family(self, title: str) -> list[psutil.Process]:
+        """Ray's processes with this in their command lines, as they are now."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in family if "RootWorker" in _title(process)]
+        return [process for process in family if title in _title(process)]
+
+    def actors(self) -> list[psutil.Process]:
+        """The processes that compute roots."""
+        return self.family("RootWorker")
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -1,0 +1,152 @@
+"""Ray actors die at work, of their work, and for want of memory; the trainer goes on and is served again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fault_stage import BACK, LARGE
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_trainer import RawTrainer, expected_root, manifest, open_request, statistics
+from service_process import TOKEN, ServiceProcess, wait_for
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return statistics(LARGE)
+
+
+def test_killed_mid_root(stage, fault_report):
+    with fault_report.fault("actor killed mid-root") as fault:
+        before = stage.trainer.for_seconds(2)
+        actor = stage.actor()
+        actor.send_signal(signal.SIGSTOP)  # so that a root is surely under way
+        wait_for(stage.in_flight, what="work in flight")
+        fault.injected("SIGKILL of the only actor, work in flight")
+        actor.kill()
+        wait_for(lambda: stage.workers() == 0, what="the news of the actor's death")
+        fault.detected("the service counts no workers")
+        stage.served_again(fault, before)
+        assert stage.actor().pid != actor.pid
+
+
+@pytest.mark.long_form
+def test_killed_while_idle(fault_report):
+    """Whoever is dead already is not held against the block that comes next, though one death is too many."""
+    with (
+        fault_report.fault("idle actor killed") as fault,
+        ServiceProcess(arguments=["--quarantine-after=1"]) as service,
+    ):
+        raw = RawTrainer(service.address, TOKEN)
+        raw.open(open_request("late", manifest((32,))))
+        stream = raw.attach()
+        fault.injected("SIGKILL of an actor without work, and a block right after it")
+        service.actors()[0].kill()
+        stream.snapshot(0, 1, statistics(32))
+        stream.until(lambda: stream.nacks or stream.arrived)
+        assert stream.versions() == [(0, 1)]
+        fault.recovered("computed by a new actor, in no quarantine", within=BACK)
+
+
+@pytest.mark.long_form
+def test_a_block_that_kills_its_actors(stage, fault_report, matrix):
+    """Whatever computes it is killed: it is set aside after three, by name, and the others are served."""
+    with fault_report.fault("actor killed repeatedly") as fault:
+        before = stage.trainer.for_seconds(2)
+        raw, stream = stage.large("poison")
+        fault.injected("SIGKILL of every actor that computes one block")
+        stream.snapshot(0, 1, matrix)
+        killed = 0
+        while not stream.nacks:
+            # Small blocks before it take milliseconds: what is in flight for longer is this one.
+            if stage.computes("poison", 0.3):
+                stage.actor().kill()
+                killed += 1
+                wait_for(lambda: stage.workers() == 0 or stream.nacks, what="the news of it")
+        fault.detected(f"quarantined with a NACK after {killed} deaths")
+        (nack,) = stream.nacks
+        assert (nack.block, nack.step, nack.reason) == (0, 1, pb.NACK_REASON_WORKER_LOST)
+        assert "quarantine" in nack.detail
+        assert "block quarantined" in stage.service.log
+        stream.snapshot(0, 2, matrix)
+        stream.until(lambda: len(stream.nacks) == 2)
+        stage.served_again(fault, before)
+        stage.service.signal(signal.SIGUSR1)
+        wait_for(lambda: "quarantines ended" in stage.service.log, what="the operator's release")
+        stream.snapshot(0, 3, matrix)
+        stream.until(lambda: stream.versions() == [(0, 3)])
+        raw.close()
+
+
+def test_out_of_memory_by_limit(stage, fault_report, matrix):
+    with fault_report.fault("actor out of memory (RLIMIT_AS)") as fault:
+        before = stage.trainer.for_seconds(2)
+        actor = stage.actor()
+        raw, stream = stage.large("hungry")
+        limit = actor.memory_info().vms + 48 * MIB
+        fault.injected("48 MiB of address space left to the actor, a block that needs more")
+        actor.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
+        stream.snapshot(0, 1, matrix)
+        stream.until(lambda: stream.nacks or stream.arrived)
+        fault.detected("a NACK that names the block" if stream.nacks else "the actor died and was replaced")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            actor.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        stage.served_again(fault, before)
+        stage.service.signal(signal.SIGUSR1)
+        wait_for(lambda: "quarantines ended" in stage.service.log, what="the operator's release")
+        stream.snapshot(0, 2, matrix)
+        stream.until(lambda: stream.versions()[-1:] == [(0, 2)])
+        raw.close()
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@contextlib.contextmanager
+def memory_cgroup(megabytes: int):
+    """A function that puts a process under a limit of further memory, by the kernel; skips without rights."""
+    root = Path("/sys/fs/cgroup/memory")
+    group = root / f"preconditioner-faults-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(megabytes * MIB))
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here ({error}); RLIMIT_AS stands in for it")
+    try:
+        yield lambda pid: (group / "cgroup.procs").write_text(str(pid))
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            (root / "cgroup.procs").write_text(pid)
+        group.rmdir()
+
+
+@pytest.mark.long_form
+def test_out_of_memory_by_the_kernel(stage, fault_report, matrix):
+    with memory_cgroup(64) as confine, fault_report.fault("actor out of memory (kernel)") as fault:
+        before = stage.trainer.for_seconds(2)
+        actor = stage.actor()
+        raw, stream = stage.large("greedy")
+        confine(actor.pid)
+        fault.injected("64 MiB left to the actor by its cgroup, a block that needs more")
+        stream.snapshot(0, 1, matrix)
+        wait_for(
+            lambda: not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE, what="the OOM kill"
+        )
+        fault.detected("the kernel's OOM killer ended the actor")
+        stream.until(lambda: stream.versions() == [(0, 1)])
+        assert abs(stream.root(0, 1) - expected_root(matrix)).max() < 1e-3, (
+            "by the next actor, as it should be"
+        )
+        stage.served_again(fault, before)
+        raw.close()
