@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 from preconditioner_worker.faults.proxy import Proxy
 from preconditioner_worker.faults.service import LocalService, ServiceError
-from preconditioner_worker.faults.trainee import Mode
+from preconditioner_worker.faults.trainee import Mode, live
 
+_START_SECONDS = 120.0
 _END_SECONDS = 20.0
+
+# Forked from a process that has torch already: a life begins within a moment, not after seconds of imports.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["preconditioner_worker.faults.trainee"])
 
 
 @dataclass
@@ -40,8 +45,8 @@ class Job:
     token: str
     seed: int
     lives: int = 0
-    _process: subprocess.Popen[bytes] | None = None
-    _zombies: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _process: BaseProcess | None = None
+    _zombies: list[BaseProcess] = field(default_factory=list)
 
     @property
     def histories(self) -> list[Path]:
@@ -54,39 +59,41 @@ class Job:
         Raises:
             ServiceError: it ended at once.
         """
-        history = self._history(self.lives)
+        settings = {
+            "job": self.name,
+            "mode": self.mode,
+            "address": self.link.address,
+            "token": self.token,
+            "history": self._history(self.lives),
+            "matrices": self.folder / "matrices",
+            "checkpoint": self.folder / f"{self.name}.pt",
+            "seed": self.seed,
+        }
         self.lives += 1
-        with (self.folder / f"{self.name}.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "preconditioner_worker.faults.trainee",
-                    "--job", self.name, "--mode", self.mode, "--address", self.link.address,
-                    "--history", str(history), "--matrices", str(self.folder / "matrices"),
-                    "--checkpoint", str(self.folder / f"{self.name}.pt"), "--seed", str(self.seed),
-                ],
-                env={**os.environ, "PRECONDITIONER_TOKEN": self.token, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )  # fmt: skip
-        assert self._process.stdout is not None
-        with self._process.stdout as said:
-            if said.readline() != b"ready\n":
-                raise ServiceError(f"job {self.name} did not start; see {self.folder / f'{self.name}.log'}")
+        log = self.folder / f"{self.name}.log"
+        reader, writer = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(target=live, args=(settings, log, writer), daemon=True)
+        self._process.start()
+        writer.close()
+        with reader, contextlib.suppress(EOFError):
+            if reader.poll(_START_SECONDS):
+                reader.recv_bytes()
+                return
+        raise ServiceError(f"job {self.name} did not start; see {log}")
 
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_alive()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process."""
-        if self._process is not None:
-            self._process.send_signal(number)
+        _send(self._process, number)
 
     def kill(self) -> None:
         """SIGKILL, without notice."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
 
     def leave_behind(self) -> None:
         """The process is a zombie from now on: the next life begins beside it."""
@@ -96,29 +103,31 @@ class Job:
     def wake_zombies(self) -> None:
         """Those that were frozen go on as if nothing had been."""
         for zombie in self._zombies:
-            zombie.send_signal(signal.SIGCONT)
+            _send(zombie, signal.SIGCONT)
 
     def end_zombies(self) -> None:
         """No more of them."""
         while self._zombies:
             zombie = self._zombies.pop()
             zombie.kill()
-            zombie.wait()
+            zombie.join()
 
-    def stop(self) -> int | None:
-        """End in order; returns the exit status, negative after a kill."""
+    def stop(self) -> None:
+        """End in order, or hard if that takes too long."""
         self.end_zombies()
-        if self._process is None:
-            return None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(_END_SECONDS)
-        self.kill()
-        return self._process.returncode
+        if self._process is not None:
+            _send(self._process, signal.SIGCONT)
+            _send(self._process, signal.SIGTERM)
+            self._process.join(_END_SECONDS)
+            self.kill()
 
     def _history(self, life: int) -> Path:
         return self.folder / f"{self.name}-{life}.jsonl"
+
+
+def _send(process: BaseProcess | None, number: signal.Signals) -> None:
+    if process is not None and process.pid is not None and process.is_alive():
+        os.kill(process.pid, number)
 
 
 def actors(service: LocalService) -> list[psutil.Process]:

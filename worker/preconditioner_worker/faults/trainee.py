@@ -1,19 +1,17 @@
 """A small training job in a process of its own, made to be killed, frozen, resumed and spoilt.
 
-Run as ``python -m preconditioner_worker.faults.trainee``. It says ``ready`` once it takes signals: SIGUSR1
-puts a NaN into the statistics of one block, SIGUSR2 puts back what was there, SIGTERM ends the job in order.
-It ends by itself when its parent is gone.
+SIGUSR1 puts a NaN into the statistics of one block, SIGUSR2 puts back what was there, SIGTERM ends the job in
+order. It ends by itself when its parent is gone.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +23,9 @@ Mode = Literal["eager", "scheduled"]
 MAX_STALENESS = 100
 REFRESH_EVERY = 20
 STALE_TIMEOUT = 3.0
+PAUSE = 0.02
+"""Seconds between two steps, which leave the cores to others."""
+
 _CHECKPOINT_EVERY = 25
 
 
@@ -35,11 +36,11 @@ class Trainee:
         job: its name.
         mode: of adoption; what is due beyond the bound is waited for in both.
         address: of the service.
+        token: of the service.
         history: file to record to.
         matrices: folder of the matrices.
         checkpoint: file of the checkpoint, which is resumed if it is there.
         seed: of weights and batches.
-        pause: seconds between two steps, which leaves the cores to others.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Trainee:
         job: str,
         mode: Mode,
         address: str,
+        token: str,
         history: Path,
         matrices: Path,
         checkpoint: Path,
         seed: int,
-        pause: float,
     ) -> None:
         torch.manual_seed(seed)
         self._model = nn.Sequential(
@@ -72,10 +73,11 @@ class Trainee:
                 stale_timeout=STALE_TIMEOUT,
             ),
             job=job,
-            service=ServiceConfig(address=address, history_file=str(history), history_matrices=str(matrices)),
+            service=ServiceConfig(
+                address=address, token=token, history_file=str(history), history_matrices=str(matrices)
+            ),
         )
         self._checkpoint = checkpoint
-        self._pause = pause
         self._parent = os.getppid()
         self._stopped = False
         self._spoil = False
@@ -105,7 +107,7 @@ class Trainee:
             if step % _CHECKPOINT_EVERY == 0 and not self._spoilt:
                 self._save()
             self._obey()
-            time.sleep(self._pause)
+            time.sleep(PAUSE)
         self._optimizer.close()
 
     def _save(self) -> None:
@@ -132,22 +134,20 @@ class Trainee:
         return [state[key] for state in states for key in sorted(state) if ".statistics." in key]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run one life; the token is taken from the environment."""
-    parser = argparse.ArgumentParser(prog="preconditioner_worker.faults.trainee")
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--mode", choices=get_args(Mode), required=True)
-    parser.add_argument("--address", required=True)
-    for name in ("history", "matrices", "checkpoint"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pause", type=float, default=0.02)
+def live(settings: dict[str, Any], log: Path, ready: Connection) -> None:
+    """One life, in a process that was made for it.
+
+    Args:
+        settings: of :class:`Trainee`.
+        log: what the process says is appended to it.
+        ready: told once signals are taken.
+    """
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
     torch.set_num_threads(1)
-    trainee = Trainee(**vars(parser.parse_args(arguments)))
+    trainee = Trainee(**settings)
     trainee.listen()
-    print("ready", flush=True)
+    ready.send_bytes(b"ready")
+    ready.close()
     trainee.run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
