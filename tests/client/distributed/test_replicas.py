@@ -10,7 +10,7 @@ from distributed_replicas import SCENARIOS
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def outcome(request, tmp_path_factory):
-    return run_ranks("distributed_replicas", request.param, tmp_path_factory.mktemp("replicas"))
+    return run_ranks("distributed_replicas", request.param, tmp_path_factory.mktemp("replicas"), timeout=140)
 
 
 @pytest.mark.timeout(150)
