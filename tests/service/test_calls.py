@@ -1,0 +1,110 @@
+"""Who waits for a first message, who is displaced, and whose turn it is to open a session."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from preconditioner_service.calls import EndOfStream, WaitingRoom, answer
+from preconditioner_service.openings import Openings
+
+Code = grpc.StatusCode
+
+
+class Caller:
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self.messages: asyncio.Queue = asyncio.Queue()
+        self.takes = asyncio.Event()
+
+    def peer(self) -> str:
+        return f"ipv4:{self._host}:4711"
+
+    async def read(self):
+        return await self.messages.get()
+
+    async def write(self, message) -> None:
+        await self.takes.wait()
+
+
+async def wait_all(room: WaitingRoom, *hosts: str):
+    """As many calls, one after the other; and what becomes of them."""
+    callers = [Caller(host) for host in hosts]
+    calls = []
+    for caller in callers:
+        calls.append(asyncio.create_task(room.first_message(caller)))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    return callers, calls
+
+
+def test_a_further_call_displaces_the_oldest_of_the_host_that_has_most():
+    async def main() -> None:
+        room = WaitingRoom(3, 30.0)
+        callers, calls = await wait_all(room, "honest", "greedy", "greedy", "greedy", "other")
+        for displaced in calls[1:3]:
+            with pytest.raises(EndOfStream, match="max_waiting_calls") as caught:
+                await displaced
+            assert caught.value.code is Code.UNAVAILABLE
+        assert len(room) == 3
+        for caller, call in ((callers[0], calls[0]), (callers[3], calls[3]), (callers[4], calls[4])):
+            caller.messages.put_nowait(b"first")
+            assert await call == b"first"
+        assert len(room) == 0
+
+    asyncio.run(main())
+
+
+def test_a_call_without_a_message_ends():
+    async def main() -> None:
+        room = WaitingRoom(3, 0.05)
+        callers, calls = await wait_all(room, "slow", "ended")
+        callers[1].messages.put_nowait(grpc.aio.EOF)
+        for call, named in zip(calls, ("first_message_timeout", "without a message"), strict=True):
+            with pytest.raises(EndOfStream, match=named) as caught:
+                await call
+            assert caught.value.code is Code.INVALID_ARGUMENT
+        assert len(room) == 0
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_is_not_taken_frees_the_call():
+    async def main() -> None:
+        caller = Caller("host")
+        with pytest.raises(asyncio.CancelledError):
+            await answer(caller, b"", 0.05)
+        caller.takes.set()
+        await answer(caller, b"", 0.05)
+
+    asyncio.run(main())
+
+
+def test_large_requests_take_turns_and_small_ones_do_not_wait():
+    async def main() -> None:
+        openings = Openings()
+        order: list[str] = []
+
+        async def large(name: str) -> None:
+            async with openings.turn(2**20) as run:
+                assert await run(lambda: name) == name
+                order.append(f"{name} begins")
+                await asyncio.sleep(0.02)
+                order.append(f"{name} ends")
+
+        in_line = [asyncio.create_task(large(str(number))) for number in range(8)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(EndOfStream, match="in line") as caught:
+            await large("too many")
+        assert caught.value.code is Code.UNAVAILABLE
+        async with openings.turn(100) as run:
+            assert await run(lambda: 1) == 1
+        await asyncio.gather(*in_line[:2])
+        assert order[:4] == ["0 begins", "0 ends", "1 begins", "1 ends"]
+        for task in in_line:
+            task.cancel()
+        await asyncio.gather(*in_line, return_exceptions=True)
+
+    asyncio.run(main())
