@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -345,5 +346,50 @@ def test_dead_workers_get_no_work_until_they_are_back():
         bench.dispatcher.kick()
         await bench.pool.succeed()
         assert bench.published() == [(0, 1)]
+
+    run(scenario)
+
+
+def test_a_job_held_back_by_its_rate_goes_on_by_itself_with_its_newest_snapshot():
+    async def scenario():
+        bench = Bench((4,))
+        bench.session.job.share.max_refresh_rate = 2.0
+        began = time.monotonic()
+        for step in (1, 2):  # the bucket is empty then
+            bench.snapshot(0, step)
+            bench.dispatcher.kick()
+            await bench.pool.succeed()
+        for step in (3, 4):
+            bench.snapshot(0, step)
+            bench.dispatcher.kick()
+        calls = len(bench.pool.calls)
+        assert not calls or time.monotonic() - began > 0.5
+        until = time.monotonic() + 10
+        while not bench.pool.calls and time.monotonic() < until:
+            await asyncio.sleep(0.005)
+        await bench.pool.succeed()
+        assert bench.published()[-1] == (0, 4)
+        await bench.dispatcher.stop()
+
+    run(scenario)
+
+
+def test_work_in_flight_is_given_back_by_results_losses_and_closed_sessions():
+    async def scenario():
+        bench = Bench(*[(64,)] * 4, blocks=1)
+        share = bench.session.job.share
+        share.max_in_flight_seconds = 1e-9
+        for block in range(4):
+            bench.snapshot(block, 1)
+        bench.dispatcher.kick()
+        assert len(bench.pool.calls) == 1, "one block may always be in flight, and no second"
+        await bench.pool.succeed()
+        assert len(bench.pool.calls) == 1
+        await bench.pool.lose()
+        assert len(bench.pool.calls) == 1
+        bench.board.close(bench.session, "over")
+        bench.dispatcher.close(bench.session)
+        await bench.pool.succeed()
+        assert share.hold(0.0, 1.0) is None
 
     run(scenario)
