@@ -10,7 +10,7 @@ from history_story import good_story
 from preconditioner_protos.history import Kind
 from preconditioner_worker.cli import main
 
-SECONDS = 20
+SECONDS = 15
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_a_short_soak_breaks_no_rule(tmp_path, capsys):
     main(["soak", "--minutes", str(SECONDS / 60), "--seed", "2", *arguments])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["violations"] == []
-    assert sum(result["faults"].values()) >= 4
+    assert sum(result["faults"].values()) >= 3
     assert min(result["adopted"], result["steps"], result["roots_computed"]) > 0
     said = capsys.readouterr().out
     assert "no violation" in said
