@@ -74,6 +74,16 @@ class Training:
         goal = self.adopted() + more
         return self.until(lambda: self.adopted() >= goal, what=f"{more} more versions")
 
+    def until_fresh(self):
+        """Until every block has a version from after now."""
+        now = self.optimizer.metrics()["step"]
+
+        def fresh():
+            metrics = self.optimizer.metrics()
+            return metrics["age"] is not None and metrics["step"] - metrics["age"] > now
+
+        return self.until(fresh, what="a newer version of every block")
+
     def for_seconds(self, seconds):
         end = time.monotonic() + seconds
         return self.until(lambda: time.monotonic() >= end, timeout=seconds + 60)
