@@ -313,10 +313,11 @@ def pings(attack: Attack) -> None:
         if connection is None:
             continue
         while not (connection.closed or attack.over):
-            for _ in range(100):
-                connection.state.ping(bytes(8))
+            with contextlib.suppress(h2.exceptions.ProtocolError):  # after the service's GOAWAY
+                for _ in range(100):
+                    connection.state.ping(bytes(8))
             connection.flush()
-            connection.receive(0)
+            connection.receive(0.01)
         attack.saw.update(connection.statuses)
         connection.close()
 
