@@ -148,7 +148,7 @@ class ServeSettings(BaseSettings):
     max_streams_per_connection: PositiveInt = Field(128, description="calls at a time of one connection")
     max_connections: PositiveInt = Field(1024, description="connections at a time; further ones are closed")
     max_waiting_calls: PositiveInt = Field(
-        32, description="calls whose first message has not come; a further one displaces the oldest"
+        16, description="calls whose first message has not come; a further one displaces the oldest"
     )
     max_health_watchers: PositiveInt = Field(64, description="Watch calls of the health service at a time")
     max_metadata_bytes: int = Field(16 * 1024, ge=4096, description="of a call's metadata")

@@ -39,7 +39,9 @@ TOKEN = "a-token-for-the-fuzzer-0123456789"
 u32 = st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))
 u64 = st.one_of(st.integers(0, 50), st.integers(0, 2**64 - 1))
 floats = st.floats(allow_nan=True, allow_infinity=True)
-names = st.one_of(st.sampled_from(["fuzz", "other", "", "x" * 201, "a b", "ü"]), st.text("a.-é\0", max_size=20))
+names = st.one_of(
+    st.sampled_from(["fuzz", "other", "", "x" * 201, "a b", "ü"]), st.text("a.-é\0", max_size=20)
+)
 payloads = st.one_of(st.binary(max_size=60), st.sampled_from([pack(statistics(4)).tobytes(), bytes(12)]))
 
 manifests = st.one_of(
