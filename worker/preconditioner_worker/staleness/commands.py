@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -46,7 +47,7 @@ class StalenessRun(_Options):
     """Of the study; one that holds other settings or other code's runs is refused."""
     arms: list[ArmKind] = list(ArmKind)
     """Which, as in --arms A: P(N) refreshed every N, L(D) D steps late, A(N) as published."""
-    n: list[PositiveInt] = list(PUBLISHED_N)
+    delays: list[PositiveInt] = list(PUBLISHED_N)
     """Values of N and D; 1 is always among them."""
     seeds: list[Seed] = [0, 1, 2, 3, 4]
     """One run of each condition per seed."""
@@ -80,15 +81,15 @@ class StalenessRun(_Options):
         conclude(self.folder, None, console)
 
     def specs(self) -> list[RunSpec]:
-        """All runs, seed by seed, so that an interrupted study has whole seeds."""
-        found: dict[RunSpec, None] = {}
-        for seed in self.seeds:
-            for statistics in self.statistics:
-                for grafting in (choice == "on" for choice in self.grafting):
-                    found.update(dict.fromkeys(arm_runs(self.arms, self.n, statistics, grafting, [seed])))
-                    if self.controls:
-                        found.update(dict.fromkeys(control_runs(statistics, grafting, [seed], max(self.n))))
-        return list(found)
+        """All runs, seed by seed, so that an interrupted study has whole seeds; first what verdicts need."""
+        found: list[RunSpec] = []
+        for seed, statistics, choice in itertools.product(self.seeds, self.statistics, self.grafting):
+            grafting = choice == "on"
+            found += arm_runs(self.arms, self.delays, statistics, grafting, [seed])
+            if self.controls:
+                found += control_runs(statistics, grafting, [seed], max(self.delays))
+        # Without duplicates: a control without statistics is the same with all of them.
+        return sorted(dict.fromkeys(found), key=lambda spec: spec.method == "late")
 
 
 class StalenessTune(_Options):
@@ -126,7 +127,7 @@ class StalenessReal(_Options):
 
     folder: Path = Path("runs/staleness")
     """Where the comparison is kept, for the report."""
-    n: PositiveInt = 50
+    delay: PositiveInt = 50
     """N, in steps."""
     steps: PositiveInt = 600
     """Length of both runs."""
@@ -137,7 +138,7 @@ class StalenessReal(_Options):
 
     def cli_cmd(self) -> None:
         """Run twice, compare, keep. The exit status is 1 if the logged ages are not the arm's."""
-        spec = RunSpec(method="A", n=self.n, statistics=self.statistics, grafting=True, seed=self.seed)
+        spec = RunSpec(method="A", n=self.delay, statistics=self.statistics, grafting=True, seed=self.seed)
         settings = StudySettings(task=self.task, steps=self.steps, drift_every=self.steps + 1)
         found = compare(Job(spec, rate(self.task, spec)), settings)
         write(self.folder / REAL_FILE, found)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from typing import NamedTuple
 
 from rich.console import Console
@@ -65,13 +67,19 @@ def execute(
     # Spawned, since torch's threads do not survive a fork.
     context = get_context("spawn")
     reports: Queue[_Report] = context.Queue()
+    stop = context.Event()
     with (
+        _interrupts() as interrupted,
         _Display(len(jobs), settings.steps, console) as display,
-        ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(reports,)) as pool,
+        ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_begin, initargs=(reports, stop)
+        ) as pool,
     ):
         pending: set[Future[StudyRun]] = {pool.submit(_run, job, settings) for job in jobs}
         try:
             while pending:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 ended, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 while (report := _next(reports)) is not None:
                     display.step(report)
@@ -85,15 +93,35 @@ def execute(
                 "runs are kept: start the same command again, with fewer --jobs if memory was short"
             ) from error
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set an event at Ctrl-C: an exception in the midst of the pool's own locks could leave them held."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _reports: Queue[_Report] | None = None
+_stop: Event | None = None
 
 
-def _begin(reports: Queue[_Report]) -> None:
-    global _reports
-    _reports = reports
+def _begin(reports: Queue[_Report], stop: Event) -> None:
+    global _reports, _stop
+    _reports, _stop = reports, stop
+    # A report that nobody reads any more holds up no end.
+    reports.cancel_join_thread()
+    # An interrupt at the keyboard reaches all processes; the parent tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -107,6 +135,8 @@ def _end_with_parent() -> None:
 
 def _run(job: Job, settings: StudySettings) -> StudyRun:
     def report(step: int) -> None:
+        if _stop is not None and _stop.is_set():
+            raise InterruptedError("the study was interrupted")
         if _reports is not None:
             _reports.put(_Report(job.spec.key, step))
 
@@ -148,6 +178,8 @@ class _Display:
         self._progress.stop()
 
     def step(self, report: _Report) -> None:
+        if report.step >= self._steps:  # its end is told by :meth:`ended`
+            return
         self._at[report.key] = report.step
         if report.key not in self._bars:
             self._bars[report.key] = self._progress.add_task(report.key, total=self._steps)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness.execution import Job, execute
+from preconditioner_worker.staleness.fingerprint import code_digest
 from preconditioner_worker.staleness.results import StudyRun, read, write
 from preconditioner_worker.staleness.specs import Record, RunSpec, StudySettings
 
@@ -23,10 +24,10 @@ TUNING_SHARE = 4
 
 GRIDS: Mapping[str, tuple[float, ...]] = {
     "adamw": (3e-3, 1e-2, 2e-2, 4e-2),
-    "adagrad": (1e-2, 3e-2, 6e-2, 0.12),
-    "diagonal": (2e-2, 3.5e-2, 6e-2, 0.1),
-    "shampoo-sum-grafted": (2e-2, 3.5e-2, 6e-2, 0.1),
-    "shampoo-ema-grafted": (2e-2, 3.5e-2, 6e-2, 0.1),
+    "adagrad": (1e-2, 3e-2, 6e-2, 0.12, 0.25, 0.5),
+    "diagonal": (2e-2, 3.5e-2, 6e-2, 0.1, 0.2, 0.35),
+    "shampoo-sum-grafted": (2e-2, 3.5e-2, 6e-2, 0.1, 0.2, 0.35),
+    "shampoo-ema-grafted": (2e-2, 3.5e-2, 6e-2, 0.1, 0.2, 0.35),
     "shampoo-sum-ungrafted": (0.03, 0.1, 0.3, 1.0),
     "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3),
 }
@@ -52,14 +53,16 @@ class RateTuning(Record):
         task: name.
         steps: of each run.
         seed: of weights and batches.
-        trials: in the order of the grid.
+        code: digest of the code that made the runs.
+        trials: in the order of their learning rates.
     """
 
     optimizer: str
     task: str
     steps: int
     seed: int
-    trials: tuple[RateTrial, ...]
+    code: str
+    trials: tuple[RateTrial, ...] = ()
 
     @property
     def best(self) -> float:
@@ -134,7 +137,7 @@ def tune(
     processes: int,
     console: Console,
 ) -> list[RateTuning]:
-    """Run the grids of some optimizers and keep what came of them.
+    """Run the grids of some optimizers; what the same code ran before is not run again.
 
     Args:
         optimizers: keys of :data:`GRIDS`.
@@ -144,23 +147,33 @@ def tune(
         console: where progress is shown.
     """
     short = shortened(settings)
-    jobs = [Job(tuning_spec(optimizer), lr) for optimizer in optimizers for lr in GRIDS[optimizer]]
-    runs: dict[tuple[str, float], StudyRun] = {}
+    tunings = {}
+    for optimizer in optimizers:
+        empty = RateTuning(
+            optimizer=optimizer, task=settings.task, steps=short.steps, seed=TUNING_SEED, code=code_digest()
+        )
+        path = _path(empty, folder)
+        held = read(path, RateTuning) if path.exists() else empty
+        same = held.model_copy(update={"trials": ()}) == empty
+        tunings[optimizer] = held if same else empty
 
     def keep(run: StudyRun) -> None:
-        runs[run.spec.tuned_as, run.lr] = run
+        optimizer = run.spec.tuned_as
+        trial = RateTrial(lr=run.lr, final_loss=None if run.diverged else run.final_loss)
+        trials = sorted([*tunings[optimizer].trials, trial], key=lambda trial: trial.lr)
+        tunings[optimizer] = tunings[optimizer].model_copy(update={"trials": tuple(trials)})
+        write(_path(tunings[optimizer], folder), tunings[optimizer])
 
+    jobs = [
+        Job(tuning_spec(optimizer), lr)
+        for optimizer, tuning in tunings.items()
+        for lr in GRIDS[optimizer]
+        if lr not in {trial.lr for trial in tuning.trials}
+    ]
     execute(jobs, short, processes=processes, console=console, done=keep)
-    found = []
-    for optimizer in optimizers:
-        trials = tuple(
-            RateTrial(lr=lr, final_loss=None if (run := runs[optimizer, lr]).diverged else run.final_loss)
-            for lr in GRIDS[optimizer]
-        )
-        tuning = RateTuning(
-            optimizer=optimizer, task=settings.task, steps=short.steps, seed=TUNING_SEED, trials=trials
-        )
-        path = committed_path(settings.task, optimizer)
-        write(path if folder is None else folder / path.name, tuning)
-        found.append(tuning)
-    return found
+    return list(tunings.values())
+
+
+def _path(tuning: RateTuning, folder: Path | None) -> Path:
+    path = committed_path(tuning.task, tuning.optimizer)
+    return path if folder is None else folder / path.name

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from preconditioner_worker.results import write_text
 from preconditioner_worker.staleness.analysis import Analysis, Part, Row, analyse
 from preconditioner_worker.staleness.criteria import STEPS_RATIO
 from preconditioner_worker.staleness.pictures import NAMES, draw_all
 from preconditioner_worker.staleness.real import REAL_FILE, RealComparison
-from preconditioner_worker.staleness.results import Study, read, write
+from preconditioner_worker.staleness.results import Study, check_code, read, write
 
 Cells = Sequence[str]
 
@@ -32,11 +33,12 @@ def report(folder: Path, output: Path | None = None) -> tuple[Analysis, Path]:
     runs = Study(folder).runs()
     analysis = analyse(runs)
     real = read(folder / REAL_FILE, RealComparison) if (folder / REAL_FILE).exists() else None
+    if real is not None:
+        check_code(real.real, analysis.fingerprint)
     write(output / "analysis.json", analysis)
     pictures = draw_all(analysis, runs, output)
-    path = output / "report.md"
-    path.write_text(markdown(analysis, [picture.name for picture in pictures], real))
-    return analysis, path
+    text = markdown(analysis, [picture.name for picture in pictures], real)
+    return analysis, write_text(output / "report.md", text)
 
 
 def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison | None) -> str:

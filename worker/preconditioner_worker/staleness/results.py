@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from preconditioner_worker.results import ResultError
+from preconditioner_worker.results import ResultError, write_text
 from preconditioner_worker.staleness.fingerprint import Fingerprint
 from preconditioner_worker.staleness.specs import Record, RunSpec
 
@@ -200,12 +200,27 @@ def check_rates(runs: Sequence[StudyRun]) -> None:
             )
 
 
+def check_code(run: StudyRun, study: Fingerprint) -> None:
+    """Refuse a run of other code or libraries than a study's; its settings may differ.
+
+    Raises:
+        ResultError: it is one.
+    """
+    same_settings = run.fingerprint.model_copy(update={"settings": study.settings})
+    if differences := study.differences(same_settings):
+        raise ResultError(
+            f"the run {run.spec.key} through the service does not belong to this study: "
+            f"{'; '.join(differences)}; make it again with 'staleness real'"
+        )
+
+
 def write(path: Path, record: BaseModel) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(record.model_dump_json(indent=1) + "\n")
-    partial.replace(path)
+    """Write JSON, whole or not at all.
+
+    Raises:
+        ResultError: it cannot be written.
+    """
+    write_text(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read(path: Path, model: type[AnyModel]) -> AnyModel:
