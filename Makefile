@@ -28,8 +28,12 @@ setup: $(VENV)/.installed  ## Make .venv with everything pinned by constraints.t
 demo: setup  ## Train a small Transformer with AdamW and with Shampoo through a real service; draw the picture.
 	$(BIN)/preconditioner-worker demo
 
+# Tests that measure time, and what they measure it beside, run by themselves.
+ALONE := tests/end_to_end tests/faults tests/abuse
+
 test: setup lint check-protos  ## Lint, type-check, and run every test.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ALONE:%=--ignore %)
+	$(BIN)/python -m pytest $(ALONE)
 
 faults: setup  ## Inject every fault of the catalogue into real processes; print what became of each.
 	$(BIN)/python -m pytest tests/faults --whole-catalogue --faults-json runs/faults.json
