@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from fault_stage import until_fresh
 from histories import Histories
 from network_link import NamespaceLink, ProxyLink, why_no_namespaces
 from service_process import wait_for
@@ -70,7 +71,7 @@ def network(request, tmp_path_factory):
     try:
         network.service.start()
         network.trainer()
-        network.trainers[0].until_adopted(6)
+        until_fresh(network.trainers[0])
         yield network
     finally:
         network.close()
@@ -96,14 +97,14 @@ def begun(network, fault_report):
 
 def fresh(network, fault, within):
     """Every block of the first trainer has a version from after the healing, and no rule was broken."""
-    network.trainers[0].until_adopted(6, timeout=within + 30)
+    until_fresh(network.trainers[0])
     fault.recovered("every block has new versions", within=within)
     network.histories.judge(fault)
 
 
 def test_a_short_partition(network, trainer, begun):
     with begun("partition for 3 s, and heal") as fault:
-        before = trainer.for_seconds(3)
+        before = trainer.for_seconds(2)
         connections = trainer.metrics["connections"]
         network.link.cut()
         fault.injected("nothing passes, nobody is told")
@@ -118,7 +119,7 @@ def test_a_short_partition(network, trainer, begun):
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.long_form)])
 def test_latency_and_loss(network, trainer, begun, seconds):
     with begun(f"200 ms round trip with 5% loss for {seconds} s") as fault:
-        before = trainer.for_seconds(3)
+        before = trainer.for_seconds(2)
         network.link.shape(round_trip=ROUND_TRIP, loss=LOSS)
         fault.injected("both directions")
         adopted = trainer.metrics["versions_adopted"]
@@ -133,7 +134,7 @@ def test_latency_and_loss(network, trainer, begun, seconds):
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.long_form)])
 def test_a_narrow_link(network, trainer, begun, seconds):
     with begun(f"1 Mbit/s for {seconds} s") as fault:
-        before = trainer.for_seconds(3)
+        before = trainer.for_seconds(2)
         network.link.shape(rate=RATE)
         fault.injected("both directions")
         adopted = trainer.metrics["versions_adopted"]
@@ -148,7 +149,7 @@ def test_a_narrow_link(network, trainer, begun, seconds):
 @pytest.mark.long_form
 def test_a_partition_longer_than_keepalive(network, trainer, begun):
     with begun("partition until both ends gave up, and heal") as fault:
-        before = trainer.for_seconds(3)
+        before = trainer.for_seconds(2)
         network.link.cut()
         fault.injected("nothing passes, nobody is told")
         during = trainer.until(lambda: not trainer.metrics["connected"], NOTICED, "the trainer's notice")
@@ -164,7 +165,7 @@ def test_a_partition_longer_than_keepalive(network, trainer, begun):
 @pytest.mark.long_form
 def test_the_service_vanishes_without_a_word(network, trainer, begun):
     with begun("half-open: the service is gone, no FIN came") as fault:
-        before = trainer.for_seconds(3)
+        before = trainer.for_seconds(2)
         network.link.cut()
         network.service.kill()
         fault.injected("SIGKILL of the service behind a cut wire")
@@ -184,7 +185,7 @@ def test_the_service_vanishes_without_a_word(network, trainer, begun):
 def test_the_trainer_vanishes_without_a_word(network, begun):
     with begun("half-open: the trainer is gone, no FIN came") as fault:
         lost = network.trainer()
-        lost.until_adopted(6)
+        until_fresh(lost)
         seen = network.service.log.count("stream detached")
         network.link.cut()
         lost.process.kill()
