@@ -1,0 +1,84 @@
+"""From runs to verdicts, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from preconditioner_worker.results import ResultError
+from preconditioner_worker.staleness import Study, StudyRun, Verdict, analyse, report
+
+COMMITTED = Path(__file__).parents[3] / "worker" / "results" / "staleness"
+
+
+def test_verdicts_of_a_valid_study(study_runs: list[StudyRun]) -> None:
+    analysis = analyse(study_runs)
+    (part,) = analysis.parts
+    assert part.void == ()
+    assert part.gap == pytest.approx(0.5, abs=1e-3)
+    assert part.margin == pytest.approx(0.02)
+    assert [(row.n, row.verdict) for row in part.rows] == [
+        (1, None), (10, Verdict.HOLDS), (20, Verdict.FAILS)
+    ]  # fmt: skip
+    assert part.largest_that_holds == 10
+    assert {row.method: row.verdict for row in part.controls} == dict.fromkeys(
+        ("frozen", "random", "late"), Verdict.FAILS
+    )
+    assert [(row.youngest, row.oldest) for row in part.rows] == [(1, 1), (10, 19), (20, 39)]
+    assert {row.method for row in analysis.optimizers} == {"diagonal", "adamw", "adagrad"}
+    assert "2 of 5 seeds" in analysis.missing
+    assert "the arm P(N)" in analysis.missing
+
+
+def test_a_task_whose_negative_control_passes_is_void(study_runs: list[StudyRun]) -> None:
+    fresh = {run.spec.seed: run.held_out_loss for run in study_runs if run.spec.condition.startswith("A-1-")}
+    runs = [
+        run.model_copy(update={"held_out_loss": fresh[run.spec.seed]}) if run.spec.method == "frozen" else run
+        for run in study_runs
+    ]
+    (part,) = analyse(runs).parts
+    assert part.void == ("the negative control 'frozen' does not fail: its verdict is holds",)
+    assert part.largest_that_holds is None
+
+
+def test_an_arm_without_n_1_is_refused(study_runs: list[StudyRun]) -> None:
+    with pytest.raises(ResultError, match=r"A\(N\) has no run with N = 1"):
+        analyse([run for run in study_runs if run.spec.n != 1])
+
+
+def test_a_diverged_run_fails_its_condition_and_stops_nothing(study_runs: list[StudyRun]) -> None:
+    runs = [
+        run.model_copy(update={"diverged": True, "held_out_loss": [3.0, float("nan")]})
+        if run.spec.key == "A-10-sum-grafted-seed1"
+        else run
+        for run in study_runs
+    ]
+    (part,) = analyse(runs).parts
+    row = next(row for row in part.rows if row.n == 10)
+    assert (row.verdict, row.reason, row.diverged) == (Verdict.FAILS, "1 of 3 runs diverged", 1)
+
+
+def test_a_report_is_made_of_the_files_alone(study_runs: list[StudyRun], tmp_path: Path) -> None:
+    study = Study(tmp_path / "study")
+    study.begin(study_runs[0].fingerprint)
+    for run in study_runs:
+        study.save(run)
+    analysis, path = report(study.folder)
+    text = path.read_text()
+    assert "**This is a reduced run.**" in text
+    assert "the largest N that holds is 10" in text
+    assert "| A(10) | 10.00% | 10–19 | 3 |" in text
+    assert json.loads((study.folder / "analysis.json").read_text())["runs"] == analysis.runs == 27
+    report(study.folder, tmp_path / "again")
+    written = sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert len([name for name in written if name.endswith(".png")]) == 4
+    for name in written:
+        assert (tmp_path / "again" / name).read_bytes() == (study.folder / name).read_bytes()
+
+
+def test_the_committed_report_comes_from_the_committed_runs(tmp_path: Path) -> None:
+    report(COMMITTED, tmp_path)
+    for name in ("report.md", "analysis.json"):
+        assert (tmp_path / name).read_bytes() == (COMMITTED / name).read_bytes()
