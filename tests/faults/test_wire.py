@@ -58,6 +58,13 @@ def training(_stage, relay):
     run.optimizer.close()
 
 
+@pytest.fixture(autouse=True)
+def healed(relay, training):
+    """What a test that failed left on the wire is none of the next one's."""
+    yield
+    relay.heal()
+
+
 @pytest.fixture
 def fresh(training, _stage):
     """Says that every block has a new version, that the stream was never broken, and no rule was."""
