@@ -142,8 +142,8 @@ DATA: Mapping[Kind, frozenset[str]] = {
     # held: packed bytes of all sessions; budget: of the service; sessions: [job, rank, held, budget] of each;
     # rss: resident bytes of the process.
     Kind.SERVICE_HELD: frozenset({"held", "budget", "sessions", "rss"}),
-    # fault: its name in the catalogue; target: job, service or link, for people. Optional: stops, the job none
-    # of whose processes runs meanwhile, so that its steps take long.
+    # fault: its name in the catalogue; target: job, service or link, for people. Optional: stops, the job
+    # none of whose processes runs meanwhile, so that its steps take long.
     Kind.FAULT_INJECTED: frozenset({"fault", "target"}),
     Kind.FAULT_HEALED: frozenset({"fault", "target"}),
 }
