@@ -51,7 +51,7 @@ from preconditioner_client.refresh import NEVER
 from preconditioner_client.update_rule import blank_state
 
 if TYPE_CHECKING:
-    from preconditioner_client.shampoo import Shampoo
+    from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 
 logger = logging.getLogger("preconditioner_client")
 
@@ -68,7 +68,7 @@ _SETTINGS = ("grafting", "statistics", "blocking", "root")
 _BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
-def write(optimizer: Shampoo, engine: Engine) -> None:
+def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
     """Put everything that lives outside of ``optimizer.state`` into the groups and, as views, into it.
 
     ``torch.distributed.checkpoint`` asks by the state if an optimizer was initialised, and for some forms
@@ -118,7 +118,7 @@ def exported(engine: Engine, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states, "param_groups": groups}
 
 
-def with_settings(optimizer: Shampoo, state_dict: dict[str, Any]) -> dict[str, Any]:
+def with_settings(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The groups of a checkpoint with the settings objects of the running program, and no state."""
     groups = [
         {**saved, **{key: group[key] for key in _SETTINGS}}
@@ -127,7 +127,7 @@ def with_settings(optimizer: Shampoo, state_dict: dict[str, Any]) -> dict[str, A
     return {**state_dict, "state": {}, "param_groups": groups}
 
 
-def check(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> None:
+def check(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:
     """Hold a checkpoint against the running optimizer before anything is changed.
 
     Raises:
@@ -144,6 +144,7 @@ def check(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> Non
         for index, (identity, parameter) in enumerate(zip(saved["params"], group["params"], strict=True)):
             state = state_dict["state"].get(identity, {})
             elementwise = dict.fromkeys(_ELEMENTWISE, tuple(parameter.shape))
+            elementwise.update(optimizer.own_state_shapes(parameter))
             check_state(state, elementwise, plan, index, saved.get(SHARDS_KEY))
             for key in _ELEMENTWISE:
                 _check_placement(plan.names[index], key, parameter, state.get(key))
@@ -220,7 +221,7 @@ def _check_placement(name: str, key: str, parameter: torch.Tensor, saved: Any) -
         )
 
 
-def read(optimizer: Shampoo, engine: Engine, state_dict: dict[str, Any]) -> None:
+def read(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:
     """Take the state out of a checkpoint that passed :func:`check`; the base class has the groups."""
     stored = []
     optimizer.state.clear()

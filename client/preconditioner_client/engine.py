@@ -78,15 +78,26 @@ class Engine:
         self.parameters: list[torch.Tensor] = []
         self._devices: list[torch.device] = []
         self._texts: list[str] = []
+        self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
         self._skipped = SkippedSteps()
 
     def add_group(
-        self, settings: GroupSettings, parameters: Sequence[torch.Tensor], names: Sequence[str]
+        self,
+        settings: GroupSettings,
+        parameters: Sequence[torch.Tensor],
+        names: Sequence[str],
+        compared: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Plan the blocks of another group; they join the session with the next step.
 
         Under more than one rank all must add the same groups in the same order.
+
+        Args:
+            settings: of the group.
+            parameters: what is preconditioned.
+            names: one for each parameter.
+            compared: one for each parameter: what replicas must hold the same bits of; default itself.
 
         Raises:
             ValueError: the parameters lie over ranks in a way that is not supported, or not as the earlier
@@ -102,6 +113,7 @@ class Engine:
         self.plans.append(plan)
         self._held.extend(plan)
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
+        self._compared.extend(parameters if compared is None else compared)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
@@ -138,6 +150,7 @@ class Engine:
         self.parameters = []
         self._devices = []
         self._texts = []
+        self._compared = []
         self._held = HeldBlocks()
         self._loads = Loads()
         self._shared = None
@@ -194,6 +207,15 @@ class Engine:
             self._step_began = time.perf_counter()
             self._waited_before = self.refresher.wait_seconds
             self._history.step_begun(self.step)
+        self._accumulate(gradients, guard)
+        if (shared := self._sharing()) is not None:
+            shared.begin(gradients)
+        self.refresher.offer(self._exchange, self.step)
+        self._usable = self.refresher.settle(self._exchange, self.step)
+        return self._usable
+
+    def _accumulate(self, gradients: Sequence[MaybeTensors], guard: Guard | None) -> None:
+        """Take what this step brings into the statistics of this rank's blocks."""
         for plan, of_group in zip(self.plans, gradients, strict=True):
             if self.step % plan.settings.statistics.every:
                 continue
@@ -201,11 +223,6 @@ class Engine:
                 rows = entry.rows_with(of_group)
                 if rows:
                     entry.stack.accumulate(entry.stack.gather(of_group, rows), rows, guard)
-        if (shared := self._sharing()) is not None:
-            shared.begin(gradients)
-        self.refresher.offer(self._exchange, self.step)
-        self._usable = self.refresher.settle(self._exchange, self.step)
-        return self._usable
 
     def precondition(
         self,
@@ -312,7 +329,7 @@ class Engine:
         self._session_opened = True
         described = [
             Described(text, local(parameter))
-            for text, parameter in zip(self._texts, self.parameters, strict=True)
+            for text, parameter in zip(self._texts, self._compared, strict=True)
         ]
         common = f"{self.refresher.config}, {self.ranks.communication}"
         self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)

@@ -198,6 +198,8 @@ class LocalExchange:
         if self._session is None:
             raise RuntimeError("offer came before open")
         spec = self._session.blocks[snapshot.block]
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
         try:
             sides = tuple(
                 inverse_root(torch.from_numpy(unpack(packed.numpy(), n)), p, spec.ridge)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from preconditioner_client.blocks import partition
+from preconditioner_client.blocks import Partition, partition
 from preconditioner_client.config import BlockingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.distribution import Ranks
 from preconditioner_client.exchange import BlockSpec
@@ -23,6 +23,16 @@ class GroupSettings:
     blocking: BlockingConfig
     statistics: StatisticsConfig
     root: RootConfig
+
+    def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:
+        """How a parameter is cut, see :func:`partition`; ``index`` is its position in the group."""
+        return partition(shape, self.blocking, rows)
+
+    def stack(
+        self, members: Sequence[Member], preconditioned: tuple[int, ...], device: torch.device
+    ) -> BlockStack:
+        """What keeps blocks of one shape."""
+        return BlockStack(members, preconditioned, self.statistics, device)
 
 
 @dataclass(slots=True)
@@ -161,7 +171,7 @@ def plan_group(
 
     for (_, preconditioned, device), positions in kinds.items():
         members = [blocks[position].member for position in positions]
-        stack = BlockStack(members, preconditioned, settings.statistics, device)
+        stack = settings.stack(members, preconditioned, device)
         entry = StackPlan(stack, first_block + len(plan.specs))
         plan.stacks.append(entry)
         plan.own.extend(positions)
@@ -212,7 +222,7 @@ def _blocks_of(
         # Most shards have as many rows as the first, and share their members with it.
         members: dict[tuple[int, ...], list[Member]] = {}
         for shard in range(ranks.shards):
-            cut = partition(shape, settings.blocking, ranks.rows(shape[0], shard) if shape else None)
+            cut = settings.cut(index, shape, ranks.rows(shape[0], shard) if shape else None)
             if cut.merged not in members:
                 members[cut.merged] = [Member(index, n, cut.merged, p) for n, p in enumerate(cut.blocks)]
             for member in members[cut.merged]:

@@ -53,6 +53,8 @@ class Refresher:
         self._take = take
         self._adopt = adopt
         self.versions: Steps = np.empty(0, dtype=np.int64)
+        # Least number of steps between two snapshots of each block; may be changed at any time.
+        self.intervals: Steps = np.empty(0, dtype=np.int64)
         self._outstanding: Steps = np.empty(0, dtype=np.int64)
         self._last_snapshot: Steps = np.empty(0, dtype=np.int64)
         # A block whose last snapshot was refused is not waited for: the next statistics may do.
@@ -99,6 +101,7 @@ class Refresher:
         never: Steps = np.full(count, NEVER, dtype=np.int64)
         begin: Steps = phases - self.config.interval + step
         self.versions = np.concatenate([self.versions, never])
+        self.intervals = np.concatenate([self.intervals, np.full(count, self.config.interval)])
         self._outstanding = np.concatenate([self._outstanding, never])
         self.first_adopted = np.concatenate([self.first_adopted, never])
         self._last_snapshot = np.concatenate([self._last_snapshot, begin])
@@ -117,11 +120,11 @@ class Refresher:
         """Take the snapshots that are due after step ``step`` and hand them over. Never blocks."""
         if exchange.generation != self._generation:
             self._reoffer(exchange, step)
-        due = step - self._last_snapshot >= self.config.interval
+        due = step - self._last_snapshot >= self.intervals
         if self.config.refresh_every is None:
             idle = self._outstanding == NEVER
             # An answer that never comes must not silence a block for ever.
-            lost = step - self._outstanding > max(self.config.interval, self.config.max_staleness // 2)
+            lost = step - self._outstanding > np.maximum(self.intervals, self.config.max_staleness // 2)
             due &= idle | lost
         self._offer_blocks(exchange, np.flatnonzero(due), step)
 

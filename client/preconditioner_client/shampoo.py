@@ -12,14 +12,10 @@ For each block of a parameter with gradient G (arXiv 1802.09568, arXiv 2002.0901
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
-from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, closures, consolidation
 from preconditioner_client.config import (
     BlockingConfig,
     GraftingConfig,
@@ -30,17 +26,12 @@ from preconditioner_client.config import (
 from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import only_initialises, working_gradients
-from preconditioner_client.groups import check_group
 from preconditioner_client.memory import MemoryEstimate, estimate_memory, ranks_as_if
-from preconditioner_client.plan import GroupSettings
+from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
-from preconditioner_client.update_rule import apply_updates, directions_of, states_of
-
-logger = logging.getLogger("preconditioner_client")
 
 
-class Shampoo(Optimizer):
+class Shampoo(PreconditionedOptimizer):
     """Shampoo with grafting, preconditioned asynchronously.
 
     Args:
@@ -100,9 +91,6 @@ class Shampoo(Optimizer):
         job: str | None = None,
         distributed: str | DistributedConfig = AUTO,
     ) -> None:
-        self._engine: Engine | None = None
-        self._consolidated: dict[str, Any] | None = None
-        self._warned = False
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -117,81 +105,9 @@ class Shampoo(Optimizer):
             "blocking": blocking or BlockingConfig(),
             "root": root or RootConfig(),
         }
-        super().__init__(params, defaults)
-        # Last, so that nothing is dialled for settings that are refused.
-        self._engine = Engine(staleness or StalenessConfig(), service, job, distributed)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also in the middle of training; its blocks join the session with the next step."""
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient.
-
-        Does no I/O with the service, and waits only as ``staleness`` says, and for other ranks.
-
-        Raises:
-            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. (On an
-                accelerator, where the host would have to wait to know, there is no error: such a step changes
-                neither statistics nor moments nor weights, may set gradients to zero, and is logged and
-                counted as soon as the host hears of it.) Or ranks do not train the same.
-            RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
-                goes through a ``GradScaler``.
-            ExchangeError: the service refused this trainer for good when it first answered.
-        """
-        loss = None
-        if closure is not None:
-            closures.refuse_under_grad_scaler()
-            with torch.enable_grad():
-                loss = closure()
-        engine = self._planned()
-        self._consolidated = None
-        gradients = [
-            working_gradients(group, plan.names)
-            for group, plan in zip(self.param_groups, engine.plans, strict=True)
-        ]
-        if not any(g is not None for of_group in gradients for g in of_group):
-            return loss
-        if only_initialises(self, gradients):
-            for group, of_group in zip(self.param_groups, gradients, strict=True):
-                states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
-            checkpoint.write(self, engine)
-            return loss
-        guard = engine.examine(gradients)
-        usable = engine.advance(gradients, guard)
-        updates = [
-            directions_of(engine, self.state, group, plan, of_group, usable, guard)
-            for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
-        ]
-        engine.share(updates)
-        for group, of_group in zip(self.param_groups, updates, strict=True):
-            apply_updates(self.state, group, of_group, guard)
-        return loss
-
-    def metrics(self) -> dict[str, Any]:
-        """Counters as a plain dict of numbers and lists.
-
-        ``step``, ``epoch``; ``blocks``, ``blocks_with_version``; ``age`` (largest now, None without
-        versions), ``age_max`` (largest ever used), ``ages`` (steps from snapshot to adoption of the latest
-        refreshes); ``versions_adopted``, ``outdated`` and ``refused`` (NACKs); ``waits``, ``wait_seconds``,
-        ``wait_timeouts``, ``breaker_open``; ``blocks_grafted_stale`` and ``blocks_kept_stale`` (blocks x
-        steps beyond the bound); ``late_adoptions`` (after their scheduled step); ``nonfinite_steps`` (on an
-        accelerator, known to have had no effect since a gradient was not finite); and the exchange's
-        counters, see :meth:`Exchange.counters`. Among several ranks all of it is about this rank's blocks.
-        """
-        return cast(Engine, self._engine).metrics()
+        super().__init__(
+            params, defaults, lambda: Engine(staleness or StalenessConfig(), service, job, distributed)
+        )
 
     def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
         """Peak memory of this optimizer, beside parameters and gradients; what counts is in the result.
@@ -212,79 +128,3 @@ class Shampoo(Optimizer):
             engine.distributed, [p for group in self.param_groups for p in group["params"]], replicas, replica
         )
         return estimate_memory(self.param_groups, engine.refresher.config, ranks)
-
-    def close(self) -> None:
-        """End the exchange, and an embedded service with it. Happens by itself when the process ends."""
-        if self._engine is not None:
-            self._engine.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in torch's layout; keys are documented in :mod:`preconditioner_client.checkpoint`.
-
-        Not collective: among several ranks it holds the blocks of this rank, as
-        ``torch.distributed.checkpoint`` wants it. After :meth:`consolidate_state_dict`, and until the next
-        step, it is the whole state on the rank that was named.
-        """
-        if self._consolidated is not None:
-            return self._consolidated
-        engine = self._planned()
-        # Before the first step there is nothing to lose; Accelerate asks for it then.
-        if engine.ranks.replicas > 1 and engine.step > 0 and not self._warned:
-            self._warned = True
-            logger.warning(
-                "state_dict() of rank %d of %d holds the blocks of that rank alone: to save the state in one "
-                "file, call consolidate_state_dict() on all ranks before it. torch.distributed.checkpoint "
-                "saves the parts of all ranks by itself",
-                engine.ranks.rank,
-                engine.ranks.world_size,
-            )
-        checkpoint.write(self, engine)
-        return checkpoint.exported(engine, super().state_dict())
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Collect the state of all ranks, so that :meth:`state_dict` of one of them is complete.
-
-        Collective: all ranks call it after the same step. Such a checkpoint loads on any number of ranks,
-        replicas or shards. Tensors from other ranks come to the host, block by block. It is called like that
-        of ``ZeroRedundancyOptimizer``.
-
-        Args:
-            to: global rank that gets it.
-        """
-        engine = self._planned()
-        checkpoint.write(self, engine)
-        own = checkpoint.exported(engine, super().state_dict())
-        self._consolidated = consolidation.collect(engine, own, to)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
-
-        Raises:
-            ValueError: the checkpoint does not fit these parameters; names the first that differs.
-        """
-        engine = self._planned()
-        checkpoint.check(self, engine, state_dict)
-        self._consolidated = None
-        super().load_state_dict(checkpoint.with_settings(self, state_dict))
-        checkpoint.read(self, engine, state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a Shampoo optimizer holds a connection; copy or save its state_dict() instead")
-
-    def _planned(self) -> Engine:
-        """The engine with a plan of every group; made late, since modules move to their device until then."""
-        engine = cast(Engine, self._engine)
-        if engine.forget_moved([group["params"] for group in self.param_groups[: len(engine.plans)]]):
-            self.state.clear()
-        for number in range(len(engine.plans), len(self.param_groups)):
-            group = self.param_groups[number]
-            names = [str(name) for name in group.get("param_names", ())]
-            settings = GroupSettings(
-                blocking=group["blocking"], statistics=group["statistics"], root=group["root"]
-            )
-            engine.add_group(
-                settings,
-                group["params"],
-                names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
-            )
-        return engine

@@ -126,11 +126,11 @@ class BlockStack:
         """
         ema = self.config.accumulation is Accumulation.EMA
         beta, alpha = (self.config.beta, 1 - self.config.beta) if ema else (1.0, 1.0)
-        index = self._index(rows)
+        index = self.index_of(rows)
         with _without_autocast(self.device):
             for statistics, dim in zip(self.statistics, self.preconditioned, strict=True):
                 unfolded = _unfold(gradients, dim)  # (b, n, r)
-                part = _chosen(statistics, index)
+                part = chosen(statistics, index)
                 if guard is not None and ema:
                     guard.decay_([part], beta)
                 part.baddbmm_(unfolded, unfolded.mT, beta=beta if guard is None else 1.0, alpha=alpha)
@@ -149,11 +149,11 @@ class BlockStack:
         Returns:
             New tensor of the same shape.
         """
-        index = self._index(rows)
+        index = self.index_of(rows)
         result = blocks
         with _without_autocast(self.device):
             for preconditioners, dim in zip(self.preconditioners, self.preconditioned, strict=True):
-                factor = _chosen(preconditioners, index)
+                factor = chosen(preconditioners, index)
                 if dim == 0:
                     # (b, n, n) @ (b, n, r), without moving the dimension.
                     result = torch.bmm(factor, result.flatten(2)).view(result.shape)
@@ -169,19 +169,28 @@ class BlockStack:
         They are gathered on this stack's device, which halves the bytes, and the host waits for nothing.
         """
         index = upload(rows, torch.int64, self.device).unsqueeze(1)
-        correct = self.config.accumulation is Accumulation.EMA and self.config.bias_correction
         packed_sides = []
-        for statistics, n in zip(self.statistics, self.sides, strict=True):
+        for statistics, n, scale in zip(self.statistics, self.sides, self._scales(rows), strict=True):
             # One gather straight from the stack: (b, n (n + 1) / 2)
-            packed = statistics.view(len(self), -1)[index, _upper_of(n, self.device)]
-            if correct:
-                factors = [1.0 / (1 - self.config.beta ** max(1, self.updates[row])) for row in rows]
-                packed.mul_(upload(factors, torch.float32, self.device).unsqueeze(1))
+            packed = statistics.view(len(self), -1)[index, upper_of(n, self.device)]
+            if scale is not None:
+                packed.mul_(scale.unsqueeze(1))
             packed_sides.append(to_host(packed))
         # Copies of one stream are done in order: the last event stands for all.
         ready = packed_sides[-1][1]
         unbound = [host.unbind(0) for host, _ in packed_sides]
         return Taken([tuple(side[i] for side in unbound) for i in range(len(rows))], ready)
+
+    def corrections(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """What turns the given blocks' EMA into averages: (len(rows),); None: nothing has to."""
+        if self.config.accumulation is not Accumulation.EMA or not self.config.bias_correction:
+            return None
+        factors = [1.0 / (1 - self.config.beta ** max(1, self.updates[row])) for row in rows]
+        return upload(factors, torch.float32, self.device)
+
+    def _scales(self, rows: Sequence[int]) -> Sequence[torch.Tensor | None]:
+        """Per side what snapshots of the given blocks are multiplied by: (len(rows),); None: 1."""
+        return [self.corrections(rows)] * len(self.sides)
 
     def adopt(self, rows: Sequence[int], sides: Sequence[Sequence[torch.Tensor]]) -> None:
         """Take new preconditioners into use.
@@ -194,20 +203,20 @@ class BlockStack:
             rows_of = [preconditioners[row] for row in rows]
             torch._foreach_copy_(rows_of, [new[number] for new in sides])
 
-    def _index(self, rows: Sequence[int]) -> slice | torch.Tensor:
+    def index_of(self, rows: Sequence[int]) -> slice | torch.Tensor:
         """The rows as a slice, which takes a view, where they follow each other."""
         if rows[-1] - rows[0] + 1 == len(rows):
             return slice(rows[0], rows[-1] + 1)
         return upload(rows, torch.int64, self.device)
 
 
-def _chosen(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+def chosen(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
     """Rows of a tensor: a view for a slice, else a copy."""
     return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
 @cache
-def _upper_of(n: int, device: torch.device) -> torch.Tensor:
+def upper_of(n: int, device: torch.device) -> torch.Tensor:
     """Flat indices of an upper triangle, row by row: (n (n + 1) / 2,) int64."""
     return upload(upper_indices(n), torch.int64, device)
 
