@@ -16,6 +16,7 @@ from preconditioner_worker.staleness.criteria import (
     interval,
     judge,
     margin,
+    seeds_needed,
     steps_ratio,
     validity,
 )
@@ -43,6 +44,18 @@ def test_one_difference_says_nothing() -> None:
     assert interval([0.1]).low == -math.inf
     with pytest.raises(ValueError, match="at least one"):
         interval([])
+
+
+def test_the_seeds_that_an_interval_needs_to_fit() -> None:
+    needed = seeds_needed(0.004, 0.003)
+    assert needed is not None
+
+    def half(seeds: int) -> float:
+        return stats.t.ppf(0.95, seeds - 1) * 0.004 / math.sqrt(seeds)
+
+    assert half(needed) <= 0.003 < half(needed - 1)
+    assert seeds_needed(1.0, 0.001) is None
+    assert seeds_needed(0.0, 0.001) == 2
 
 
 @pytest.mark.parametrize(("gap", "expected"), [(0.05, 0.005), (1.0, 0.02), (-1.0, 0.0)])

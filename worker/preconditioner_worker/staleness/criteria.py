@@ -87,6 +87,21 @@ def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(mean, mean - half, mean + half)
 
 
+def seeds_needed(deviation: float, half_width: float, *, most: int = 1000) -> int | None:
+    """Least number of seeds whose interval around an equal mean fits in the margin; None above ``most``.
+
+    Args:
+        deviation: standard deviation of the paired differences.
+        half_width: of the zone of equivalence.
+        most: where to stop looking.
+    """
+    for seeds in range(2, most + 1):
+        quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, seeds - 1))
+        if quantile * deviation <= half_width * math.sqrt(seeds):
+            return seeds
+    return None
+
+
 def margin(gap: float) -> float:
     """Half-width of the zone of equivalence.
 
@@ -125,8 +140,12 @@ def judge(
     if diverged:
         reason = f"{diverged} of {len(losses)} runs diverged"
         return Judgement(Verdict.FAILS, reason, Interval(math.inf, -math.inf, math.inf), ratio, len(losses))
-    found = interval([a - b for a, b in zip(losses, reference, strict=True)])
+    differences = [a - b for a, b in zip(losses, reference, strict=True)]
+    found = interval(differences)
     verdict, reason = _verdict(found, ratio, half_width)
+    if verdict is Verdict.INCONCLUSIVE and len(differences) > 1 and half_width > 0:
+        needed = seeds_needed(float(np.std(differences, ddof=1)), half_width)
+        reason += f" (if there is no difference, about {needed or 'over 1000'} seeds would show it)"
     return Judgement(verdict, reason, found, ratio, len(losses))
 
 

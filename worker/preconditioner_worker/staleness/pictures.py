@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from preconditioner_worker.plots import COLOURS, STYLES
 from preconditioner_worker.staleness.analysis import Analysis, Part, Row
 from preconditioner_worker.staleness.results import StudyRun
 
+AGE_BINS = 25
 NAMES = {
     "diagonal": "grafted diagonal",
     "frozen": "first one frozen",
@@ -134,7 +136,9 @@ def _ages(figure: Figure, runs: Sequence[StudyRun]) -> None:
         ages = np.array([age for run in of_n for age in run.ages])
         counts = np.array([count for run in of_n for count in run.ages.values()])
         if ages.size:
-            bins = np.linspace(ages.min() - 0.5, ages.max() + 0.5, min(40, int(np.ptp(ages)) + 1) + 1)
+            # Equal numbers of whole steps, or bins would differ by their widths alone.
+            width = math.ceil((np.ptp(ages) + 1) / AGE_BINS)
+            bins = np.arange(ages.min(), ages.max() + width + 1, width) - 0.5
             axis.hist(ages, bins=bins, weights=counts / counts.sum(), color=COLOURS[2])
         axis.set(title=f"N = {n}", xlabel="age (steps)")
         axis.xaxis.get_major_locator().set_params(nbins=3, integer=True)
