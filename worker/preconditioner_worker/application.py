@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from preconditioner_worker.commands import Bench, Compare, Demo, Train, Tune
 from preconditioner_worker.faults.commands import CheckHistory, Soak
+from preconditioner_worker.rivals.commands import CurveballToys
 from preconditioner_worker.staleness.commands import Staleness
 
 PREFIX = "PRECONDITIONER_WORKER_"
@@ -61,6 +62,7 @@ class Application(BaseSettings):
     soak: CliSubCommand[Soak]
     check_history: CliSubCommand[CheckHistory]
     staleness: CliSubCommand[Staleness]
+    curveball_toys: CliSubCommand[CurveballToys]
 
     @classmethod
     def settings_customise_sources(
