@@ -5,6 +5,7 @@ A real trainer and a real service with a relay between them that changes what pa
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -109,6 +110,16 @@ def test_spoilt_chunks(training, relay, fresh, fault_report, name, direction):
         fresh(fault)
 
 
+def spoilt(snapshot, value):
+    """With this value in the corner of each matrix of block 0."""
+    if snapshot.block != 0:
+        return snapshot
+    sides = tuple(side.clone() for side in snapshot.sides)
+    for side in sides:
+        side[0] = value
+    return dataclasses.replace(snapshot, sides=sides)
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -118,13 +129,17 @@ def test_spoilt_chunks(training, relay, fresh, fault_report, name, direction):
     ],
     ids=["NaN", "Inf", "indefinite"],
 )
-def test_statistics_that_have_no_root(training, relay, fresh, fault_report, value, reason):
-    with fault_report.fault(f"{value} in the statistics of a block, checksum right") as fault:
+def test_statistics_that_have_no_root(training, relay, fresh, fault_report, monkeypatch, value, reason):
+    with fault_report.fault(f"{value} in the statistics of a block") as fault:
         training.until_adopted(3)
         optimizer = training.optimizer
         before = optimizer.metrics()
-        relay.up = of_each_chunk(with_value(value, block=0))
-        fault.injected("every snapshot of block 0")
+        refresher = optimizer._engine.refresher
+        take = refresher._take
+        monkeypatch.setattr(
+            refresher, "_take", lambda blocks, step: [spoilt(taken, value) for taken in take(blocks, step)]
+        )
+        fault.injected("every snapshot that the trainer takes of block 0")
         training.until(lambda: optimizer.metrics()["nacks"] >= before["nacks"] + 2)
         fault.detected(f"NACK {reason}")
         expected = pb.NackReason.Value(f"NACK_REASON_{reason}")
@@ -132,7 +147,7 @@ def test_statistics_that_have_no_root(training, relay, fresh, fault_report, valu
         age = optimizer.metrics()["age"]
         training.until_adopted(4)
         assert optimizer.metrics()["age"] > age, "the last good version of block 0 stays, the others go on"
-        relay.heal()
+        monkeypatch.undo()
         fault.lifted()
         training.until(lambda: optimizer.metrics()["age"] < age)
         fresh(fault)
