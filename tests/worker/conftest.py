@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from preconditioner_worker.optimizers import OPTIMIZERS
+from preconditioner_worker.contenders import CONTENDERS
 from preconditioner_worker.results import (
     Environment,
     EvaluationPoint,
@@ -27,7 +27,7 @@ def make_run() -> Callable[..., RunResult]:
             settings=RunSettings(
                 label=name,
                 workload="text",
-                optimizer=OPTIMIZERS[name](),
+                optimizer=CONTENDERS[name](),
                 seed=seed,
                 steps=steps,
                 evaluate_every=every,

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from preconditioner_client import LocalExchange
-from preconditioner_worker.optimizers import OPTIMIZERS, AnyOptimizer, ShampooSettings
+from preconditioner_worker.commands import Compare
+from preconditioner_worker.contenders import (
+    CONTENDERS,
+    AnyContender,
+    ContenderName,
+    LAMBSettings,
+    LARSSettings,
+    Shampoo2020Settings,
+    SynchronousShampooSettings,
+)
+from preconditioner_worker.optimizers import ShampooSettings
 
 
 def test_settings_come_back_from_json_as_their_own_class():
-    adapter = TypeAdapter(AnyOptimizer)
-    for name, kind in OPTIMIZERS.items():
+    adapter = TypeAdapter(AnyContender)
+    for name, kind in CONTENDERS.items():
         settings = kind(lr=0.5)
         assert settings.name == name
         back = adapter.validate_json(settings.model_dump_json())
@@ -50,6 +63,42 @@ def test_local_services_are_exchanges_of_that_delay(monkeypatch):
 
 @pytest.mark.parametrize("bad", [{"lr": 0}, {"lr": float("inf")}, {"beta1": 1.0}, {"momentun": 0.9}])
 def test_settings_that_cannot_be_are_refused(bad):
-    for kind in OPTIMIZERS.values():
+    for kind in CONTENDERS.values():
         with pytest.raises(ValidationError):
             kind(**bad)
+
+
+def test_every_contender_has_options_of_its_name():
+    assert list(CONTENDERS) == list(get_args(ContenderName))
+    for name in CONTENDERS:
+        assert isinstance(Compare.model_fields[name.replace("-", "_")].default, CONTENDERS[name])
+
+
+def test_shampoo_of_2020_is_as_published():
+    settings = Shampoo2020Settings(lr=0.2, momentum=0.8, blend_steps=7, service="local:2")
+    optimizer = settings.build(nn.Linear(3, 2))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["beta1"], group["momentum"], group["dampening"]) == (0.2, 0.0, 0.8, 0.8)
+    assert group["statistics"].accumulation.value == "sum"
+    assert (group["grafting"].method.value, group["grafting"].blend_steps) == ("adagrad", 7)
+    assert (group["root"].root_order(2), group["root"].root_order(1)) == (4, 2)
+    optimizer.close()
+
+
+def test_synchronous_shampoo_has_its_roots_in_the_step_of_their_snapshot():
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = SynchronousShampooSettings(refresh_every=5).build(model)
+    for _ in range(12):
+        model.weight.grad = torch.randn(3, 4)
+        optimizer.step()
+    metrics = optimizer.metrics()
+    assert metrics["waits"] == 0
+    assert metrics["age_max"] == 4  # 0 in the step of a refresh
+    optimizer.close()
+
+
+def test_layerwise_methods_leave_biases_and_gains_alone():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    for settings in (LARSSettings(), LAMBSettings()):
+        matrices, rest = settings.build(model).param_groups
+        assert (matrices["trust_ratio"], rest["trust_ratio"], rest["weight_decay"]) == (True, False, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
@@ -16,11 +16,20 @@ from pydantic_settings import CliApp, CliSubCommand
 from rich.console import Console
 
 from preconditioner_worker import bench_outage, bench_step, gpt2
+from preconditioner_worker.contenders import (
+    CONTENDERS,
+    AdamSettings,
+    ContenderName,
+    CurveBallSettings,
+    LAMBSettings,
+    LARSSettings,
+    Shampoo2020Settings,
+    SynchronousShampooSettings,
+)
 from preconditioner_worker.demo import demonstrate
 from preconditioner_worker.experiments import RUNS, conclude, horizon, run_all, settle
 from preconditioner_worker.grids import GRIDS
 from preconditioner_worker.optimizers import (
-    OPTIMIZERS,
     AdagradSettings,
     AdamWSettings,
     OptimizerSettings,
@@ -60,7 +69,7 @@ class OptimizerOptions(Command):
     """Options of commands that run optimizers of choice."""
 
     workload: str = "text"
-    """text or digits."""
+    """text, translation, digits, digits-batchnorm or autoencoder."""
     evaluate_every: PositiveInt = 25
     """Steps between evaluations on held-out data."""
     threads: PositiveInt = 1
@@ -79,6 +88,18 @@ class OptimizerOptions(Command):
     """What differs from the tuned settings."""
     shampoo: ShampooSettings = ShampooSettings()
     """What differs from the tuned settings."""
+    adam: AdamSettings = AdamSettings()
+    """What differs from the tuned settings."""
+    lars: LARSSettings = LARSSettings()
+    """What differs from the tuned settings."""
+    lamb: LAMBSettings = LAMBSettings()
+    """What differs from the tuned settings."""
+    curveball: CurveBallSettings = CurveBallSettings()
+    """What differs from the tuned settings."""
+    shampoo_2020: Shampoo2020Settings = Shampoo2020Settings()
+    """What differs from the tuned settings."""
+    shampoo_sync: SynchronousShampooSettings = SynchronousShampooSettings()
+    """What differs from the tuned settings."""
 
     @field_validator("workload")
     @classmethod
@@ -88,7 +109,7 @@ class OptimizerOptions(Command):
         return workload
 
     def _run_settings(self, optimizer: str, seed: int, steps: int | None) -> RunSettings:
-        explicit: OptimizerSettings = getattr(self, optimizer)
+        explicit: OptimizerSettings = getattr(self, optimizer.replace("-", "_"))
         return RunSettings(
             label=optimizer,
             workload=self.workload,
@@ -105,7 +126,7 @@ class OptimizerOptions(Command):
 class Train(OptimizerOptions):
     """Train one model with one optimizer."""
 
-    optimizer: Literal["adamw", "adagrad", "sgd", "shampoo"] = "shampoo"
+    optimizer: ContenderName = "shampoo"
     """Which optimizer."""
     steps: PositiveInt | None = None
     """Length of the run; null: what the optimizer was tuned for."""
@@ -129,9 +150,9 @@ class Train(OptimizerOptions):
 class Compare(OptimizerOptions):
     """Train with several optimizers; steps and wall time to the baseline's final loss."""
 
-    optimizers: list[Literal["adamw", "adagrad", "sgd", "shampoo"]] = ["adamw", "adagrad", "sgd", "shampoo"]
-    """Which, as in --optimizers adamw,shampoo."""
-    baseline: Literal["adamw", "adagrad", "sgd", "shampoo"] = "adamw"
+    optimizers: list[ContenderName] = list(get_args(ContenderName))
+    """Which, as in --optimizers adamw,shampoo; default: all."""
+    baseline: ContenderName = "adamw"
     """Whose final held-out loss is the target."""
     steps: dict[str, PositiveInt] = {}
     """Length of the runs, as in --steps shampoo=800; default: what an optimizer was tuned for."""
@@ -142,8 +163,8 @@ class Compare(OptimizerOptions):
     @classmethod
     def _known_optimizers(cls, steps: dict[str, int]) -> dict[str, int]:
         for name in steps:
-            if name not in OPTIMIZERS:
-                raise ValueError(f"no optimizer is called {name!r}; there are {', '.join(OPTIMIZERS)}")
+            if name not in CONTENDERS:
+                raise ValueError(f"no optimizer is called {name!r}; there are {', '.join(CONTENDERS)}")
         return steps
 
     def run(self, console: Console) -> int:
@@ -202,8 +223,8 @@ class Tune(Command):
     """Run a committed grid of settings; an interrupted one goes on where it was."""
 
     workload: str = "text"
-    """text or digits."""
-    optimizer: Literal["adamw", "adagrad", "sgd", "shampoo"] = "adamw"
+    """text, translation, digits, digits-batchnorm or autoencoder."""
+    optimizer: ContenderName = "adamw"
     """Which optimizer."""
     processes: PositiveInt = 1
     """Runs at a time."""
@@ -289,7 +310,7 @@ class BenchOutage(BaseModel):
     )
 
     workload: str = "text"
-    """text or digits."""
+    """text, translation, digits, digits-batchnorm or autoencoder."""
     seconds: Annotated[float, Field(gt=0)] = 60.0
     """Of the outage, and of the time before it."""
     how: bench_outage.How = "kill"

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from preconditioner_worker.comparison import Comparison, compare, table
-from preconditioner_worker.optimizers import AnyOptimizer, OptimizerSettings
+from preconditioner_worker.contenders import AnyContender
+from preconditioner_worker.optimizers import OptimizerSettings
 from preconditioner_worker.plots import draw
 from preconditioner_worker.results import RunResult, RunSettings
 from preconditioner_worker.training import train
@@ -20,13 +21,13 @@ RUNS = Path("runs")
 DEFAULT_STEPS: Mapping[str, int] = {"text": 1500, "digits": 300}
 
 
-def settle(workload: str, optimizer: str, explicit: OptimizerSettings | None = None) -> AnyOptimizer:
+def settle(workload: str, optimizer: str, explicit: OptimizerSettings | None = None) -> AnyContender:
     """Settings of an optimizer on a workload: what was set explicitly, else tuned, else the defaults.
 
     Where roots come from is no hyperparameter: tunings use exact virtual delays, runs the real service.
     """
     tuning = committed(workload, optimizer)
-    base = TypeAdapter(AnyOptimizer).validate_python({"name": optimizer}) if tuning is None else tuning.best
+    base = TypeAdapter(AnyContender).validate_python({"name": optimizer}) if tuning is None else tuning.best
     changes = {} if explicit is None else explicit.model_dump(include=explicit.model_fields_set)
     return type(base).model_validate({**base.model_dump(exclude={"service"}), **changes})
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from preconditioner_worker.optimizers import AnyOptimizer
+from preconditioner_worker.contenders import AnyContender
 from preconditioner_worker.schedule import Schedule
 
 
@@ -44,7 +44,7 @@ class RunSettings(_Record):
 
     label: str
     workload: str
-    optimizer: AnyOptimizer
+    optimizer: AnyContender
     schedule: Schedule = Schedule()
     seed: int = 0
     steps: int

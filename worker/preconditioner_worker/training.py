@@ -21,6 +21,7 @@ from preconditioner_worker.results import (
     RunSettings,
     StepSeries,
 )
+from preconditioner_worker.rivals import CurveBall
 from preconditioner_worker.workloads import Batch, Workload
 from preconditioner_worker.workloads.transformer import parameter_count
 
@@ -101,9 +102,14 @@ def _step(
 ) -> tuple[float, float, float]:
     """One step: the batch's loss, seconds in all, seconds in the optimizer.
 
-    Where loss or gradient are not finite the optimizer makes no step, and the loss returned is NaN.
+    An optimizer that differentiates the model itself takes all. Where loss or gradient are not finite the
+    optimizer makes no step, and the loss returned is NaN.
     """
     start = time.perf_counter()
+    if isinstance(optimizer, CurveBall):
+        loss = optimizer.step(batch.inputs, batch.targets, workload.criterion)
+        seconds = time.perf_counter() - start
+        return loss.item(), seconds, seconds
     optimizer.zero_grad()
     loss = workload.criterion(model(batch.inputs), batch.targets)
     torch.autograd.backward(loss)

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from preconditioner_worker.optimizers import AnyOptimizer
+from preconditioner_worker.contenders import AnyContender
 from preconditioner_worker.results import ResultError, RunSettings, write_text
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
@@ -45,7 +45,7 @@ class Grid(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workload: str
-    start: AnyOptimizer
+    start: AnyContender
     steps: int
     schedule: Schedule = Schedule()
     seed: int = TUNING_SEED
@@ -59,7 +59,7 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    settings: AnyOptimizer
+    settings: AnyContender
     seed: int
     final_loss: float | None
 
@@ -77,13 +77,13 @@ class Tuning(BaseModel):
     grid: Grid
     trials: list[Trial] = []
 
-    def ranking(self) -> list[AnyOptimizer]:
+    def ranking(self) -> list[AnyContender]:
         """All settings tried, by their losses with the grid's own seed, the best first."""
         own = [trial for trial in self.trials if trial.seed == self.grid.seed]
         return [trial.settings for trial in sorted(own, key=lambda trial: trial.score)]
 
     @property
-    def best(self) -> AnyOptimizer:
+    def best(self) -> AnyContender:
         """The finalist with the lowest mean loss over seeds; before the finals, the best so far."""
         scores = [
             (mean(trial.score for trial in self.trials if trial.settings == settings), settings)
@@ -151,7 +151,7 @@ def tune(
     # Spawned, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
 
-        def run(wanted: Iterable[tuple[AnyOptimizer, int]]) -> None:
+        def run(wanted: Iterable[tuple[AnyContender, int]]) -> None:
             known = [(trial.settings, trial.seed) for trial in tuning.trials]
             new = [pair for pair in wanted if pair not in known]
             jobs = [pool.submit(_trial, grid, settings, seed, text) for settings, seed in new]
@@ -161,7 +161,7 @@ def tune(
                 tuning.save(path)
                 report(trial)
 
-        passed: list[AnyOptimizer] = []
+        passed: list[AnyContender] = []
         for stage in grid.stages:
             # Only what earlier stages tried, so that a run that goes on takes the same path.
             best = next((s for s in tuning.ranking() if s in passed), grid.start)
@@ -173,13 +173,13 @@ def tune(
     return tuning
 
 
-def combinations(best: AnyOptimizer, stage: Mapping[str, list[Any]]) -> Iterator[AnyOptimizer]:
+def combinations(best: AnyContender, stage: Mapping[str, list[Any]]) -> Iterator[AnyContender]:
     """All combinations of a stage's values around ``best``."""
     for values in itertools.product(*stage.values()):
         yield type(best).model_validate({**best.model_dump(), **dict(zip(stage, values, strict=True))})
 
 
-def _trial(grid: Grid, settings: AnyOptimizer, seed: int, text: Path | None) -> Trial:
+def _trial(grid: Grid, settings: AnyContender, seed: int, text: Path | None) -> Trial:
     result = train(
         open_workload(grid.workload, text=text),
         RunSettings(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from preconditioner_worker.rivals.checks import Bounds, check_group
@@ -46,7 +47,6 @@ class CurveBall(Optimizer):
 
     Args:
         model: whose parameters are trained; its buffers (of a BatchNorm) are updated once a step.
-        criterion: mean loss from outputs and targets, twice differentiable and convex in the outputs.
         lr: of w; 1 as published, so that a schedule of learning rates can be applied.
         damping: lambda >= 0 at first; 1 or 10 as published.
 
@@ -54,12 +54,9 @@ class CurveBall(Optimizer):
         ValueError: a setting outside of its range.
     """
 
-    def __init__(
-        self, model: nn.Module, criterion: Criterion, *, lr: float = 1.0, damping: float = 10.0
-    ) -> None:
+    def __init__(self, model: nn.Module, *, lr: float = 1.0, damping: float = 10.0) -> None:
         check_group("CurveBall", {"lr": lr, "damping": damping}, BOUNDS)
         self._model = model
-        self._criterion = criterion
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         weights = [p for p in model.parameters() if p.requires_grad]
         super().__init__(weights, {"lr": lr, "damping": damping, "step": 0})
@@ -74,21 +71,22 @@ class CurveBall(Optimizer):
             raise ValueError("CurveBall has one parameter group: rho, beta and lambda are common to all")
         super().add_param_group(param_group)
 
-    def step(self, closure: Any = None) -> float | None:  # type: ignore[override]
-        """Gradients alone are not enough.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("CurveBall differentiates the model itself: call step_on(inputs, targets)")
-
     @torch.no_grad()
-    def step_on(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One update from a batch; returns its loss, a scalar, from before the update."""
+    def step(self, inputs: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:  # type: ignore[override]
+        """One update from a batch: CurveBall differentiates the model itself, and reads no ``grad``.
+
+        Args:
+            inputs: of the model.
+            targets: of the criterion.
+            criterion: mean loss from outputs and targets, twice differentiable and convex in the outputs.
+
+        Returns:
+            The batch's loss, a scalar, from before the update.
+        """
         group = self.param_groups[0]
         weights: list[Tensor] = group["params"]
         z = [self._momentum(w) for w in weights]
-        products = GaussNewton(self._model, self._criterion, self._names, inputs, targets)
+        products = GaussNewton(self._model, criterion, self._names, inputs, targets)
         through_z = products.curvature_of_outputs(z)
         gradient = products.gradient
         dz = products.pull_back(through_z.curved)
@@ -147,7 +145,9 @@ class GaussNewton:
             # Every pass begins with the same running averages, and only the first one's are kept.
             buffers = {name: buffer.clone() for name, buffer in before.items()}
             state = {**dict(zip(names, weights, strict=True)), **buffers}
-            outputs: Tensor = functional_call(model, state, (inputs,))
+            # The fused kernels of attention know no forward mode.
+            with sdpa_kernel(SDPBackend.MATH):
+                outputs: Tensor = functional_call(model, state, (inputs,))
             return outputs, buffers
 
         def slope_of(outputs: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def curveball(problem: ToyProblem, random: Generator, most: int, lr: float) -> i
             return problem.residuals(self.weights, noise)
 
     model = Residuals()
-    optimizer = CurveBall(model, lambda residuals, _: residuals.square().sum(), damping=lr)
+    optimizer = CurveBall(model, damping=lr)
 
     def step() -> Tensor:
-        optimizer.step_on(problem.draw(random), torch.empty(0))
+        optimizer.step(problem.draw(random), torch.empty(0), lambda residuals, _: residuals.square().sum())
         return model.weights
 
     return _count(problem, step, most)
