@@ -1,4 +1,4 @@
-"""Asynchronous Shampoo for a training process: the optimizer and its exchange with the service."""
+"""Asynchronous Shampoo and K-FAC for a training process: optimizers, and their exchange with the service."""
 
 from preconditioner_client.attach import Attachment, attach
 from preconditioner_client.config import (
@@ -25,12 +25,15 @@ from preconditioner_client.exchange import (
     SessionSpec,
     Snapshot,
 )
+from preconditioner_client.kfac import KFAC, AdaptiveRefresh, PolynomialDecay, rescale_weights
 from preconditioner_client.memory import MemoryEstimate
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.shampoo import Shampoo
 
 __all__ = [
+    "KFAC",
     "Accumulation",
+    "AdaptiveRefresh",
     "Adoption",
     "Arrival",
     "Attachment",
@@ -43,6 +46,7 @@ __all__ = [
     "GraftingConfig",
     "LocalExchange",
     "MemoryEstimate",
+    "PolynomialDecay",
     "Rejection",
     "Ridge",
     "RidgeKind",
@@ -55,4 +59,5 @@ __all__ = [
     "StalenessConfig",
     "StatisticsConfig",
     "attach",
+    "rescale_weights",
 ]

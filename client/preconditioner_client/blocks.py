@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preconditioner_client.config import BlockingConfig
@@ -107,12 +108,17 @@ def partition(
         merged, origin = ((rows[1] - rows[0]) * per_row, *whole[1:]), rows[0] * per_row
     if len(merged) < 2 or not preconditioned or 0 in shape or merged[0] == 0:
         return Partition(merged, (), (), origin)
-    cuts = [_cut(n, config.block_size if m <= limit else n) for n, m in zip(merged, whole, strict=True)]
-    blocks = tuple(
+    sizes = [config.block_size if m <= limit else n for n, m in zip(merged, whole, strict=True)]
+    return Partition(merged, preconditioned, row_major(merged, sizes), origin)
+
+
+def row_major(shape: Sequence[int], sizes: Sequence[int]) -> tuple[BlockSlice, ...]:
+    """Blocks of at most these sizes that together are a tensor of this shape."""
+    cuts = [_cut(n, size) for n, size in zip(shape, sizes, strict=True)]
+    return tuple(
         BlockSlice(tuple(start for start, _ in piece), tuple(length for _, length in piece))
         for piece in itertools.product(*cuts)
     )
-    return Partition(merged, preconditioned, blocks, origin)
 
 
 def _cut(length: int, size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ key                             value
 ``exp_avg``                     EMA of the gradient, if ``beta1 > 0``
 ``second_moment``               of the grafting method, if it keeps one
 ``momentum_buffer``             if ``momentum > 0``, after the first step
+``diagonal_statistics``         K-FAC only, of the weights of embeddings and BatchNorm; see
+                                :mod:`preconditioner_client.kfac.diagonals`
 ``block.B.updates``             int, accumulations into the statistics of block B
 ``block.B.version``             int, step of the preconditioner in use, -1 without
 ``block.B.first_adopted``       int, step since which there is a version, -1 without
@@ -82,6 +84,10 @@ def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
         for index, parameter in enumerate(group["params"]):
             if begun and parameter.requires_grad and parameter not in optimizer.state:
                 optimizer.state[parameter] = blank_state(group, parameter)
+            if parameter in optimizer.state:
+                for key, shape in optimizer.own_state_shapes(parameter).items():
+                    blank = torch.zeros(shape, device=parameter.device)
+                    optimizer.state[parameter].setdefault(key, blank)
             if plan.rows[index] and parameter in optimizer.state:
                 optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
 

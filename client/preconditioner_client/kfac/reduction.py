@@ -1,0 +1,135 @@
+"""Factors of all replicas, averaged where they are needed: at the owner of each block, once a step.
+
+Every replica sends each owner the packed upper triangles of the owner's blocks in half precision, each scaled
+by its largest value (gradients of a large batch have squares below what float16 can hold), and the owner adds
+them up in float32. In bytes that is the reduce-scatter of arXiv 1811.12019, without its rounding of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from preconditioner_client.distribution import Ranks
+from preconditioner_client.plan import GroupPlan, PlannedBlock
+from preconditioner_client.stack import upper_of
+
+Weighted = tuple[float | torch.Tensor, Sequence[torch.Tensor]]
+"""The number of examples, and a block's factors summed over them, one for each side."""
+
+Key = tuple[int, int]
+"""Number of the group, position of the block among the group's blocks."""
+
+
+class FactorReduction:
+    """The buffers, and the collective that fills them. Their memory is twice ``replicas`` times a share.
+
+    Args:
+        plans: of all groups.
+        ranks: with more than one replica.
+        dtype: that factors travel in.
+        device: of the factors.
+    """
+
+    def __init__(
+        self, plans: Sequence[GroupPlan], ranks: Ranks, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._ranks = ranks
+        self._dtype = dtype
+        self._device = device
+        self._owned: list[list[tuple[Key, PlannedBlock]]] = [[] for _ in range(ranks.replicas)]
+        for group, plan in enumerate(plans):
+            for position, block in enumerate(plan.blocks):
+                self._owned[block.replica].append(((group, position), block))
+        heads = max(sum(1 + len(block.sides) for _, block in owned) for owned in self._owned)
+        values = max(
+            sum(n * (n + 1) // 2 for _, block in owned for n in block.sides) for owned in self._owned
+        )
+        self._head = 4 * heads
+        # A multiple of 8 bytes, as views in other dtypes need it.
+        self._part = -(-(self._head + dtype.itemsize * values) // 8) * 8
+        self._sent = torch.zeros(ranks.replicas, self._part, dtype=torch.uint8, device=device)
+        self._received = torch.zeros_like(self._sent)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """What this replica sends to the others in a reduction."""
+        return (self._ranks.replicas - 1) * self._part
+
+    def reduce(self, own: Mapping[Key, Weighted]) -> dict[Key, list[torch.Tensor]]:
+        """Average the factors of all replicas. Collective.
+
+        Args:
+            own: of this replica's batches; a block without any is left out.
+
+        Returns:
+            For each block that this replica owns its averaged factors; those that no replica has are 0.
+        """
+        for replica, owned in enumerate(self._owned):
+            self._fill(self._sent[replica], owned, own)
+        dist.all_to_all_single(self._received.view(-1), self._sent.view(-1), group=self._ranks.replica_group)
+        head, payload = self._views(self._received)
+        result: dict[Key, list[torch.Tensor]] = {}
+        at = begin = 0
+        for key, block in self._owned[self._ranks.replica]:
+            examples = head[:, at].sum().clamp_min(torch.finfo(torch.float32).tiny)
+            at += 1
+            sides = []
+            for n in block.sides:
+                length = n * (n + 1) // 2
+                packed = payload[:, begin : begin + length].to(torch.float32)
+                total = (packed * head[:, at : at + 1]).sum(0) / examples
+                sides.append(_unpacked(total, n))
+                at, begin = at + 1, begin + length
+            result[key] = sides
+        return result
+
+    def _fill(
+        self, row: torch.Tensor, owned: Sequence[tuple[Key, PlannedBlock]], own: Mapping[Key, Weighted]
+    ) -> None:
+        head, payload = (view[0] for view in self._views(row.unsqueeze(0)))
+        head.zero_()
+        payload.zero_()
+        at = begin = 0
+        for key, block in owned:
+            if key in own:
+                examples, sides = own[key]
+                head[at] = examples
+                for number, (side, n) in enumerate(zip(sides, block.sides, strict=True)):
+                    packed = side.reshape(-1)[upper_of(n, self._device)]
+                    largest = packed.abs().max()
+                    # A factor of zeros has no scale.
+                    scale = torch.where(largest > 0, largest, 1.0)
+                    head[at + 1 + number] = scale
+                    length = n * (n + 1) // 2
+                    payload[begin : begin + length] = packed / scale
+                    begin += length
+            else:
+                begin += sum(n * (n + 1) // 2 for n in block.sides)
+            at += 1 + len(block.sides)
+
+    def _views(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of examples and scales, (replicas, ..) float32; and triangles, (replicas, ..)."""
+        payload = rows[:, self._head :]
+        payload = payload[:, : payload.shape[1] // self._dtype.itemsize * self._dtype.itemsize]
+        return rows[:, : self._head].view(torch.float32), payload.view(self._dtype)
+
+
+def _unpacked(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """A symmetric matrix from its upper triangle."""
+    whole = packed.new_zeros(n * n)
+    whole[upper_of(n, packed.device)] = packed
+    upper = whole.view(n, n)
+    return upper + upper.triu(1).mT
+
+
+def sum_over_replicas(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
+    """Add up small float32 tensors over all replicas, in place. Collective if there is more than one."""
+    if ranks.replica_group is None or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=ranks.replica_group)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
