@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from preconditioner_worker.cli import main
+from preconditioner_worker.staleness import RunSpec, StudyRun, StudySettings, train
+from preconditioner_worker.staleness.rates import rate
 from preconditioner_worker.staleness.real import RealComparison, first_difference, largest_difference
 from preconditioner_worker.staleness.results import read
 
+A10 = RunSpec(method="A", n=10, statistics="sum", grafting=True, seed=0)
 SHORT = ["--arms", "A", "--delays", "10", "--statistics", "sum", "--grafting", "on", "--steps", "60",
-         "--evaluate-every", "10", "--blend-steps", "5", "--jobs", "2"]  # fmt: skip
+         "--evaluate-every", "10", "--blend-steps", "5", "--jobs", "1"]  # fmt: skip
 
 
 def arguments(folder: Path, seeds: str) -> list[str]:
@@ -28,7 +31,7 @@ def test_a_study_is_interrupted_goes_on_and_reports(
 ) -> None:
     folder = tmp_path / "study"
     process = subprocess.Popen(
-        [sys.executable, "-m", "preconditioner_worker.cli", *arguments(folder, "0,1,2,3,4,5")],
+        [sys.executable, "-m", "preconditioner_worker.cli", *arguments(folder, "0,1")],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -42,17 +45,17 @@ def test_a_study_is_interrupted_goes_on_and_reports(
     assert "interrupted" in process.stderr.read()
     process.stderr.close()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*.json")}
-    assert 0 < len(kept) < 48
+    assert 0 < len(kept) < 16
 
     main(arguments(folder, "0"))
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
+    again = train(A10, StudySettings(steps=60, evaluate_every=10, blend_steps=5), rate("text", A10))
+    assert read(folder / "runs" / f"{A10.key}.json", StudyRun).loss_digest == again.loss_digest
     text = capsys.readouterr().out
     assert f"{sum('seed0' in path.name for path in kept)} of 8 runs are there already" in text
     assert "A-10-sum-grafted: " in text
     assert "reduced: without" in text
-    before = (folder / "report.md").read_bytes()
-    main(["staleness", "report", "--folder", str(folder)])
-    assert (folder / "report.md").read_bytes() == before
+    assert "seed0: held-out loss (nats per byte): " in text
     assert {"A-sum-grafted-loss.png", "A-sum-grafted-drift.png"} <= {p.name for p in folder.glob("*.png")}
 
     with pytest.raises(SystemExit) as ended:

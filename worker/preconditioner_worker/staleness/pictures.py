@@ -15,9 +15,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from preconditioner_worker.plots import COLOURS, STYLES
+from preconditioner_worker.plots import COLOURS
 from preconditioner_worker.staleness.analysis import Analysis, Part, Row
 from preconditioner_worker.staleness.results import StudyRun
 
@@ -29,6 +30,14 @@ NAMES = {
     "late": "fresh, but late",
     "adamw": "AdamW",
     "adagrad": "AdaGrad",
+}
+CONTROL_LOOKS = {
+    "diagonal": ("#000000", "--"),
+    "frozen": ("#D55E00", "--"),
+    "random": ("#CC79A7", "-."),
+    "late": ("#E69F00", ":"),
+    "adamw": ("#56B4E9", "-."),
+    "adagrad": ("0.5", ":"),
 }
 
 
@@ -79,9 +88,10 @@ def _loss_against_n(figure: Figure, analysis: Analysis, part: Part) -> None:
     axis.axhline(0, color="0.4", linewidth=1)
     one = next(row for row in part.rows if row.n == 1)
     controls = [row for row in (*part.controls, *analysis.optimizers) if np.isfinite(row.final_loss)]
-    for row, colour, style in zip(controls, ("#D55E00", "#CC79A7", "#000000", "#E69F00", "#56B4E9"),
-                                  ("--", "-.", ":", "--", "-."), strict=False):  # fmt: skip
-        axis.axhline(row.final_loss - one.final_loss, color=colour, linestyle=style, label=NAMES[row.method])
+    for row in controls:
+        difference = row.final_loss - one.final_loss if row.difference is None else row.difference
+        colour, style = CONTROL_LOOKS[row.method]
+        axis.axhline(difference, color=colour, linestyle=style, label=NAMES[row.method])
     axis.set_xscale("symlog", linthresh=1)
     ticks = [row.n for row in part.rows if row.n is not None]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -100,8 +110,11 @@ def _curves(figure: Figure, analysis: Analysis, part: Part, runs: Sequence[Study
         by_condition[run.spec.condition].append(run)
     every = analysis.fingerprint.settings.evaluate_every
     ends = []
+    # Beside the controls' colours: later arms darker.
+    shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(part.rows)))
+    arms = [(to_hex(shade), "-") for shade in shades]
     shown: list[Row] = [*part.rows, *part.controls, *analysis.optimizers]
-    for number, row in enumerate(shown):
+    for row in shown:
         whole = [run.held_out_loss for run in by_condition[row.condition] if not run.diverged]
         if not whole:
             continue
@@ -109,8 +122,8 @@ def _curves(figure: Figure, analysis: Analysis, part: Part, runs: Sequence[Study
         steps = np.minimum(np.arange(len(mean)) * every, analysis.fingerprint.settings.steps)
         own = row.method == part.kind.value
         name = f"{part.kind.value}({row.n})" if own else NAMES[row.method]
-        axis.plot(steps, mean, STYLES[0] if own else ":", color=COLOURS[number % len(COLOURS)],
-                  linewidth=1.8 if own else 1.4, label=name)  # fmt: skip
+        colour, style = arms.pop(0) if own else CONTROL_LOOKS[row.method]
+        axis.plot(steps, mean, style, color=colour, linewidth=1.8 if own else 1.3, label=name)
         ends += [mean[-1], mean[len(mean) // 8]]
     if ends:
         low, high = min(ends), max(ends)
@@ -161,7 +174,8 @@ def _drift(figure: Figure, runs: Sequence[StudyRun]) -> None:
     right.set(xlabel="share of training", yscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
+        if axis.has_data():
+            axis.legend(frameon=False, fontsize=9)
 
 
 def _dots(axis: Axes, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:

@@ -7,10 +7,12 @@ The service runs beside this process; the client holds each preconditioner back 
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 
-from preconditioner_client import ServiceConfig
+from preconditioner_client import ServiceConfig, SessionSpec
+from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness.execution import Job
 from preconditioner_worker.staleness.results import StudyRun
@@ -18,6 +20,7 @@ from preconditioner_worker.staleness.specs import Record, StudySettings
 from preconditioner_worker.staleness.training import train
 
 REAL_FILE = "real.json"
+START_SECONDS = 300.0
 
 
 class RealComparison(Record):
@@ -57,9 +60,26 @@ class RealComparison(Record):
         return (
             f"{spec.condition}, seed {spec.seed}, {self.real.steps} steps, once with roots from an embedded "
             f"service (gRPC and Ray) and once in process: the logged ages {ages} "
-            f"({min(self.real.ages)} to {max(self.real.ages)}), {self.real.versions_adopted} versions were "
-            f"adopted, {self.real.waits} steps waited; {equal}."
+            f"({min(self.real.ages, default='none')} to {max(self.real.ages, default='none')}), "
+            f"{self.real.versions_adopted} versions were adopted, {self.real.waits} steps waited; {equal}."
         )
+
+
+class AwaitedExchange(ServiceExchange):
+    """Stands still in the first step until the service is up: how long that takes is not what is studied."""
+
+    def open(self, session: SessionSpec) -> None:
+        """Begin, and wait for the connection.
+
+        Raises:
+            TimeoutError: it was not there in time.
+        """
+        super().open(session)
+        deadline = time.monotonic() + START_SECONDS
+        while not self.counters()["connected"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the preconditioner service was not up within {START_SECONDS:.0f} s")
+            time.sleep(0.05)
 
 
 def compare(
@@ -74,6 +94,7 @@ def compare(
 
     Raises:
         ResultError: the arm has no delay, or is longer than the run.
+        TimeoutError: the service was not up in time.
     """
     arm = job.spec.arm
     if arm is None or arm.delay == 0:
@@ -85,7 +106,8 @@ def compare(
         )
     real_losses: list[float] = []
     virtual_losses: list[float] = []
-    real = train(job.spec, settings, job.lr, service=service, losses=real_losses)
+    exchange = AwaitedExchange(ServiceConfig.resolve(service))
+    real = train(job.spec, settings, job.lr, service=exchange, losses=real_losses)
     virtual = train(job.spec, settings, job.lr, losses=virtual_losses)
     return RealComparison(
         real=real,
