@@ -31,7 +31,10 @@ def refused(capsys, *arguments):
     ("arguments", "message"),
     [
         (["train", "--step", "3"], "unrecognized arguments: --step 3"),
-        (["train", "--workload", "images"], "no workload is called 'images'; there are digits, text"),
+        (
+            ["train", "--workload", "images"],
+            "no workload is called 'images'; there are autoencoder, digits, digits-b",
+        ),
         (["train", "--steps", "-3"], "train.steps: Input should be greater than 0, not '-3'"),
         (["train", "--adamw.lr", "0"], "train.adamw.lr: Input should be greater than 0"),
         (["train", "--optimizer", "lion"], "lion"),

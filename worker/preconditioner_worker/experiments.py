@@ -18,7 +18,13 @@ from preconditioner_worker.tuning import committed
 from preconditioner_worker.workloads import Workload
 
 RUNS = Path("runs")
-DEFAULT_STEPS: Mapping[str, int] = {"text": 1500, "digits": 300}
+DEFAULT_STEPS: Mapping[str, int] = {
+    "text": 1500,
+    "digits": 300,
+    "digits-batchnorm": 300,
+    "autoencoder": 1000,
+    "translation": 1000,
+}
 
 
 def settle(workload: str, optimizer: str, explicit: OptimizerSettings | None = None) -> AnyContender:

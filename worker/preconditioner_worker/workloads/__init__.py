@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from preconditioner_worker.workloads.autoencoder import AutoencoderWorkload
 from preconditioner_worker.workloads.base import Batch, Evaluation, Workload, WorkloadError
 from preconditioner_worker.workloads.digits import DigitsWorkload
+from preconditioner_worker.workloads.digits_batchnorm import DigitsBatchNormWorkload
 from preconditioner_worker.workloads.text import TextWorkload
+from preconditioner_worker.workloads.translation import TranslationWorkload
 
-__all__ = ["WORKLOADS", "Batch", "Evaluation", "Workload", "WorkloadError", "open_workload"]
+__all__ = [
+    "WORKLOADS",
+    "AutoencoderWorkload",
+    "Batch",
+    "DigitsBatchNormWorkload",
+    "Evaluation",
+    "TranslationWorkload",
+    "Workload",
+    "WorkloadError",
+    "open_workload",
+]
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     TextWorkload.name: TextWorkload.open,
     DigitsWorkload.name: DigitsWorkload,
+    DigitsBatchNormWorkload.name: DigitsBatchNormWorkload,
+    AutoencoderWorkload.name: AutoencoderWorkload,
+    TranslationWorkload.name: TranslationWorkload,
 }
 
 
