@@ -1,0 +1,137 @@
+"""Scenarios of K-FAC on replicas that each see a part of every batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed_training import assert_replicas_are_equal, on_all_ranks
+from kfac_models import Convolutional, Words, seeded, train
+from preconditioner_client import KFAC, BlockingConfig, DistributedConfig, LocalExchange, StalenessConfig
+
+EVERY_STEP = StalenessConfig(refresh_every=1, max_staleness=1)
+SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=4, max_staleness=10)
+
+
+def make(model, **settings):
+    defaults = {"service": LocalExchange(), "staleness": EVERY_STEP, "momentum": 0.5, "lr": 1e-2}
+    return KFAC(model, **(defaults | settings))
+
+
+def own_part(size=16):
+    ranks = dist.get_world_size()
+    return slice(dist.get_rank() * size // ranks, (dist.get_rank() + 1) * size // ranks)
+
+
+def train_in_parts(model, optimizer, steps):
+    return train(DistributedDataParallel(model), optimizer, steps, kind=model, part=own_part())
+
+
+def furthest(model, other):
+    """Largest difference of weights."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def replicas_train_as_one_process_on_the_whole_batch(folder):
+    start, alone = seeded(Words), seeded(Words)
+    train(alone, make(alone, distributed="off", damping=0.1), range(10))
+    moved = furthest(start, alone)
+    assert moved > 0.03
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 2e-1)):
+        model = seeded(Words)
+        optimizer = make(model, factor_dtype=dtype, damping=0.1)
+        train_in_parts(model, optimizer, range(10))
+        assert_replicas_are_equal(model)
+        assert furthest(model, alone) < tolerance * moved, (dtype, furthest(model, alone), moved)
+        # Rounded factors are not indefinite.
+        assert optimizer.metrics()["refused"] == 0
+
+
+def half_precision_halves_the_bytes(folder):
+    sent = {}
+    for dtype in (torch.float32, torch.float16):
+        model = seeded(Convolutional)
+        optimizer = make(model, factor_dtype=dtype)
+        train_in_parts(model, optimizer, range(2))
+        sent[dtype] = optimizer.metrics()["factor_bytes_sent"]
+    assert 0 < sent[torch.float16] < 0.51 * sent[torch.float32]
+
+
+def layers_have_one_owner_and_replicas_stay_the_same(folder):
+    model = seeded(Convolutional)
+    overlap = DistributedConfig(overlap=True, bucket_bytes=64)
+    blocking = BlockingConfig(block_size=64)
+    optimizer = make(
+        model, service=LocalExchange(2), staleness=SCHEDULED, distributed=overlap, blocking=blocking
+    )
+    train_in_parts(model, optimizer, range(12))
+    assert_replicas_are_equal(model)
+    blocks = on_all_ranks(optimizer.metrics()["blocks"])
+    # Of the last layer's 129 inputs three pieces, and one block for each convolution.
+    assert sum(blocks) == 5
+    assert min(blocks) >= 1
+    assert optimizer.metrics()["blocks_with_version"] == optimizer.metrics()["blocks"]
+
+
+def a_replica_without_a_batch_of_a_layer_stays_the_same(folder):
+    """Factors that only some ranks have, and such that are not finite."""
+    model = seeded(Words)
+    optimizer = make(model, momentum=0.0)
+    train_in_parts(model, optimizer, range(3))
+    for step in range(3, 6):
+        parallel = DistributedDataParallel(model)
+        train(parallel, _Spoiled(optimizer, step % 2 == dist.get_rank()), [step], kind=model, part=own_part())
+        assert_replicas_are_equal(model)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+class _Spoiled:
+    """An optimizer whose layers have no usable factors in this step, on some ranks."""
+
+    def __init__(self, optimizer, spoiled):
+        self._optimizer = optimizer
+        self._spoiled = spoiled
+
+    def zero_grad(self):
+        self._optimizer.zero_grad()
+
+    def step(self):
+        table, output = self._optimizer._layers.matrices
+        if self._spoiled:
+            table.factors = None
+            output.factors.output.fill_(float("nan"))
+        self._optimizer.step()
+
+
+def a_consolidated_state_resumes_on_one_rank_and_on_all(folder):
+    settings = {"service": LocalExchange(2), "staleness": SCHEDULED}
+    model = seeded(Convolutional)
+    optimizer = make(model, **settings)
+    train_in_parts(model, optimizer, range(8))
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "whole.pt")
+    dist.barrier()
+    train_in_parts(model, optimizer, range(8, 14))
+    saved = torch.load(folder / "whole.pt", weights_only=True)
+    resumed = seeded(Convolutional, seed=1)
+    # Running averages of BatchNorm are each rank's own in part.
+    resumed.load_state_dict(saved["model"])
+    other = make(resumed, **(settings | {"service": LocalExchange(2)}))
+    other.load_state_dict(saved["optimizer"])
+    train_in_parts(resumed, other, range(8, 14))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    single = make(seeded(Convolutional), distributed="off", **(settings | {"service": LocalExchange(2)}))
+    single.load_state_dict(saved["optimizer"])
+    assert single.metrics()["blocks_with_version"] == 3
+
+
+SCENARIOS = [
+    replicas_train_as_one_process_on_the_whole_batch,
+    half_precision_halves_the_bytes,
+    layers_have_one_owner_and_replicas_stay_the_same,
+    a_replica_without_a_batch_of_a_layer_stays_the_same,
+    a_consolidated_state_resumes_on_one_rank_and_on_all,
+]
