@@ -11,6 +11,7 @@ import time
 import grpc
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import (
     assert_replicas_are_equal,
@@ -20,7 +21,9 @@ from distributed_training import (
     train,
     weights,
 )
-from preconditioner_client import ServiceConfig, StalenessConfig
+from kfac_models import Convolutional, seeded
+from kfac_models import train as train_kfac
+from preconditioner_client import KFAC, LocalExchange, ServiceConfig, StalenessConfig
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
 from service_process import TOKEN
@@ -145,4 +148,27 @@ def scheduled_runs_give_the_bits_of_one_process(folder):
     assert_replicas_are_equal(model)
 
 
-SCENARIOS = [one_rank_loses_its_connection, scheduled_runs_give_the_bits_of_one_process]
+def kfac_on_both_ranks(folder):
+    """The same service inverts factors, and gives what is inverted in process."""
+    schedule = StalenessConfig(refresh_every=3, adoption="scheduled", delay=4, max_staleness=10)
+    models = seeded(Convolutional), seeded(Convolutional)
+    service = ServiceConfig(address=os.environ[ADDRESS], token=TOKEN)
+    for model, exchange in zip(models, (service, LocalExchange(4)), strict=True):
+        optimizer = KFAC(model, lr=1e-2, service=exchange, staleness=schedule, job="kfac")
+        size = 16 // dist.get_world_size()
+        part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+        train_kfac(DistributedDataParallel(model), optimizer, range(20), kind=model, part=part)
+        assert_replicas_are_equal(model)
+        metrics = optimizer.metrics()
+        assert metrics["versions_adopted"] >= 4 * metrics["blocks"] > 0
+        assert metrics["refused"] == metrics["late_adoptions"] == 0
+        optimizer.close()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+SCENARIOS = [
+    one_rank_loses_its_connection,
+    scheduled_runs_give_the_bits_of_one_process,
+    kfac_on_both_ranks,
+]

@@ -5,8 +5,8 @@ by its largest value (gradients of a large batch have squares below what float16
 them up in float32. In bytes that is the reduce-scatter of arXiv 1811.12019, without its rounding of sums.
 
 Rounding takes a factor's small eigenvalues below zero, and the service refuses what is indefinite. Each entry
-is off by at most u times itself (u = 2^-11 in float16, 2^-8 in bfloat16), so the whole by at most ``u ||X||_F``
-in the spectral norm: the owner adds as much to the diagonal.
+is off by at most u times itself (u = 2^-11 in float16, 2^-8 in bfloat16), so the whole by at most
+``u ||X||_F`` in the spectral norm: the owner adds as much to the diagonal.
 """
 
 from __future__ import annotations
