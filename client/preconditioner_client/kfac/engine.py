@@ -130,9 +130,10 @@ class LayerEngine(Engine):
 
     def advance(self, gradients: Sequence[MaybeTensors], guard: Guard | None = None) -> Mask:
         """See :meth:`Engine.advance`; what is given are the gradients of the parameters themselves."""
+        # The engine below asks only which are there, as the statistics come from the layers.
         self._filtered.clear()
         self._grafting.clear()
-        usable = super().advance(self._joined(gradients), guard)
+        usable = super().advance(gradients, guard)
         self._adapt()
         return usable
 

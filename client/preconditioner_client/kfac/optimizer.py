@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from preconditioner_client.kfac.diagonals import DiagonalStatistics
 from preconditioner_client.kfac.engine import Direction, LayerEngine
 from preconditioner_client.kfac.factors import diagonal_direction, unit_wise_direction
 from preconditioner_client.kfac.layers import find_layers
-from preconditioner_client.kfac.recording import Recorder
+from preconditioner_client.kfac.recording import GradScale, Recorder
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -67,8 +66,7 @@ class KFAC(PreconditionedOptimizer):
     parameters take the step of the gradient. The loss must be the mean over the batch.
 
     Args:
-        model: its layers get hooks. Made before it is wrapped in ``DistributedDataParallel`` or compiled, or
-            after; layers are found through both.
+        model: its layers get hooks. It may be wrapped in ``DistributedDataParallel`` now or later.
         params: parameters, named parameters or groups, as for every torch optimizer; default all of the
             model. ``lr``, ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``,
             ``decoupled_weight_decay``, ``maximize``, ``grafting``, ``statistics`` and ``blocking`` may differ
@@ -94,7 +92,8 @@ class KFAC(PreconditionedOptimizer):
         factor_dtype: in which replicas send factors to their owner: ``torch.float16`` (default, each factor
             scaled by its largest value), ``torch.bfloat16`` or ``torch.float32``.
         grad_scale: returns what the loss is multiplied by before backward: ``scaler.get_scale`` with a
-            ``GradScaler``, ``lambda: 1 / k`` with gradients accumulated over k batches.
+            ``GradScaler``, ``lambda: 1 / k`` with gradients accumulated over k batches. Called for
+            every layer; on an accelerator a tensor is better, as the host waits for a number.
 
     Raises:
         ValueError: a setting outside of its range, a model without any layer that is known, statistics as a
@@ -125,7 +124,7 @@ class KFAC(PreconditionedOptimizer):
         job: str | None = None,
         distributed: str | DistributedConfig = AUTO,
         factor_dtype: torch.dtype = torch.float16,
-        grad_scale: Callable[[], float] | None = None,
+        grad_scale: GradScale | None = None,
     ) -> None:
         staleness = staleness or StalenessConfig()
         direction = _direction(batch_norm)

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from preconditioner_client.kfac.layers import Layer, Layers
 
-GradScale = Callable[[], float]
+GradScale = Callable[[], float | torch.Tensor]
+"""What the loss is multiplied by at the time, a number or 0-D."""
 
 
 class Recorder:
