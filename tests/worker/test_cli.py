@@ -45,7 +45,7 @@ def refused(capsys, *arguments):
         (["compare", "--steps", "lion=3"], "no optimizer is called 'lion'"),
         (
             ["tune", "--workload", "digits", "--optimizer", "sgd"],
-            "no grid for digits sgd; there are: text adamw",
+            "no grid for digits sgd; there are: digits-batchnorm adamw",
         ),
         (["--config", "none.toml", "train"], "there is no such file"),
     ],

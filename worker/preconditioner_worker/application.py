@@ -19,7 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from preconditioner_worker.commands import Bench, Compare, Demo, Train, Tune
+from preconditioner_worker.bench_commands import Bench
+from preconditioner_worker.commands import Compare, Demo, Train, Tune
 from preconditioner_worker.faults.commands import CheckHistory, Soak
 from preconditioner_worker.rivals.commands import CurveballToys
 from preconditioner_worker.staleness.commands import Staleness

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
-from pydantic_settings import CliApp, CliSubCommand
 from rich.console import Console
 
-from preconditioner_worker import bench_outage, bench_step, gpt2
 from preconditioner_worker.contenders import (
     CONTENDERS,
     AdamSettings,
@@ -41,7 +38,7 @@ from preconditioner_worker.results import ResultError, RunSettings
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
 from preconditioner_worker.tuning import Trial, tune
-from preconditioner_worker.workloads import WORKLOADS, WorkloadError, open_workload
+from preconditioner_worker.workloads import WORKLOADS, open_workload
 
 Seed = Annotated[int, Field(ge=0)]
 
@@ -120,6 +117,7 @@ class OptimizerOptions(Command):
             evaluate_every=self.evaluate_every,
             threads=self.threads,
             service_wait=self.service_wait,
+            text=self.text,
         )
 
 
@@ -148,7 +146,10 @@ class Train(OptimizerOptions):
 
 
 class Compare(OptimizerOptions):
-    """Train with several optimizers; steps and wall time to the baseline's final loss."""
+    """Train with several optimizers; steps and wall time to the baseline's final loss.
+
+    An interrupted comparison goes on where it was.
+    """
 
     optimizers: list[ContenderName] = list(get_args(ContenderName))
     """Which, as in --optimizers adamw,shampoo; default: all."""
@@ -156,7 +157,7 @@ class Compare(OptimizerOptions):
     """Whose final held-out loss is the target."""
     steps: dict[str, PositiveInt] = {}
     """Length of the runs, as in --steps shampoo=800; default: what an optimizer was tuned for."""
-    seeds: list[Seed] = [0]
+    seeds: list[Seed] = [0, 1, 2]
     """One run of each optimizer per seed, as in --seeds 0,1,2."""
 
     @field_validator("steps")
@@ -173,7 +174,7 @@ class Compare(OptimizerOptions):
         names = dict.fromkeys([self.baseline, *self.optimizers])
         runs = [self._run_settings(n, seed, self.steps.get(n)) for n in names for seed in self.seeds]
         folder = RUNS / (self.name or f"compare-{self.workload}")
-        results = run_all(workload, runs, folder, console)
+        results = run_all(workload, runs, folder, console, resume=True)
         _, picture = conclude(results, self.baseline, folder, console)
         console.print(f"{picture}", highlight=False, soft_wrap=True)
         return 0
@@ -249,101 +250,3 @@ class Tune(Command):
         tuning = tune(grid, path, processes=self.processes, text=self.text, report=report)
         console.print(f"best: {tuning.best!r}\n{path}", highlight=False, soft_wrap=True)
         return 0
-
-
-class BenchStep(BaseModel):
-    """Time optimizer.step() alone, or the whole training step, on GPT-2 small's shapes, against AdamW."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
-    )
-
-    scale: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Of width, vocabulary and context; 1 is GPT-2 small itself."""
-    layers: PositiveInt = gpt2.LAYERS
-    """Of the model."""
-    batch_size: PositiveInt | None = None
-    """Sequences: time whole training steps, under bfloat16 autocast. Default: the optimizer's steps alone."""
-    steps: PositiveInt = 100
-    """Steps that are timed."""
-    block_size: PositiveInt = 1024
-    """Largest side of a block."""
-    refresh_every: PositiveInt = 10
-    """Steps between snapshots of a block."""
-    threads: PositiveInt = 1
-    """Threads of torch."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """cpu, cuda or cuda:1."""
-    service: str = "embedded"
-    """Of the asynchronous contender: embedded or host:port."""
-    json_file: Annotated[Path | None, Field(alias="json")] = None
-    """Write the result to this file."""
-    profile_file: Annotated[Path | None, Field(alias="profile")] = None
-    """Write to this file which operators take the asynchronous contender's time."""
-
-    def cli_cmd(self) -> None:
-        """Measure, print, save."""
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise WorkloadError(f"--device {self.device}: torch finds no GPU here; leave it out for the CPU")
-        torch.set_num_threads(self.threads)
-        result = bench_step.benchmark(
-            scale=self.scale,
-            layers=self.layers,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            block_size=self.block_size,
-            refresh_every=self.refresh_every,
-            device=self.device,
-            service=self.service,
-            profile_file=self.profile_file,
-        )
-        Console().print(bench_step.table(result))
-        if self.json_file is not None:
-            bench_step.save(result, self.json_file)
-
-
-class BenchOutage(BaseModel):
-    """Time whole steps before and while a service is lost, within the bound, and how soon it serves again."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
-    )
-
-    workload: str = "text"
-    """text, translation, digits, digits-batchnorm or autoencoder."""
-    seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Of the outage, and of the time before it."""
-    how: bench_outage.How = "kill"
-    """kill (SIGKILL, and started again) or freeze (SIGSTOP, and SIGCONT)."""
-    max_staleness: PositiveInt = 100_000
-    """The bound, which the outage must not exceed."""
-    threads: PositiveInt = 1
-    """Threads of torch."""
-    json_file: Annotated[Path | None, Field(alias="json")] = None
-    """Write the result to this file."""
-
-    def cli_cmd(self) -> None:
-        """Measure, print, save."""
-        torch.set_num_threads(self.threads)
-        result = bench_outage.benchmark(
-            open_workload(self.workload),
-            seconds=self.seconds,
-            how=self.how,
-            max_staleness=self.max_staleness,
-        )
-        Console().print(bench_outage.table(result))
-        if self.json_file is not None:
-            bench_outage.save(result, self.json_file)
-
-
-class Bench(BaseModel):
-    """Measurements of the parts."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    step: CliSubCommand[BenchStep]
-    outage: CliSubCommand[BenchOutage]
-
-    def cli_cmd(self) -> None:
-        """Run the measurement that was named."""
-        CliApp.run_subcommand(self)

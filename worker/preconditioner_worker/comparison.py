@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf, isfinite
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -48,25 +49,32 @@ class Row(BaseModel):
         seeds: how many.
         diverged: how many of them diverged.
         steps: length of a run.
-        final_loss: held-out, at the end.
+        final_loss: held-out, at the end; infinite for a run that diverged.
+        final_loss_deviation: standard deviation over the seeds; None for one, or if one diverged.
         steps_to_target: first evaluated step at or below the target of the same seed.
         seconds_to_target: seconds of training up to there.
         steps_ratio: to the baseline's, seed by seed.
         wall_ratio: to the baseline's, seed by seed.
+        steps_ratio_range: the least and the greatest of the seeds; infinite for one that misses the target.
+        wall_ratio_range: of the same.
         step_ms: cost of a step.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Seeds that miss the target have infinities; JSON has none, so they travel as strings and come back.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     label: str
     seeds: int
     diverged: int
     steps: int
     final_loss: float
+    final_loss_deviation: float | None
     steps_to_target: float | None
     seconds_to_target: float | None
     steps_ratio: float | None
     wall_ratio: float | None
+    steps_ratio_range: tuple[float, float]
+    wall_ratio_range: tuple[float, float]
     step_ms: StepTime
 
 
@@ -132,45 +140,63 @@ def _row(label: str, runs: Sequence[RunResult], targets: dict[int, RunResult]) -
         baseline, point = crossing(targets[seed], goal), crossing(run, goal)
         if baseline is None:  # its last evaluation is the target itself
             raise AssertionError("a finished run reaches its own final loss")
-        steps.append(float("inf") if point is None else point.step)
-        seconds.append(float("inf") if point is None else point.seconds)
+        steps.append(inf if point is None else point.step)
+        seconds.append(inf if point is None else point.seconds)
         step_ratios.append(steps[-1] / baseline.step)
         wall_ratios.append(seconds[-1] / baseline.seconds)
+    losses = [inf if run.diverged else run.final_loss for run in runs]
     return Row(
         label=label,
         seeds=len(runs),
         diverged=sum(run.diverged for run in runs),
         steps=runs[0].settings.steps,
-        final_loss=median(run.final_loss for run in runs),
+        final_loss=median(losses),
+        final_loss_deviation=stdev(losses) if len(losses) > 1 and isfinite(max(losses)) else None,
         steps_to_target=_median(steps),
         seconds_to_target=_median(seconds),
         steps_ratio=_median(step_ratios),
         wall_ratio=_median(wall_ratios),
+        steps_ratio_range=(min(step_ratios), max(step_ratios)),
+        wall_ratio_range=(min(wall_ratios), max(wall_ratios)),
         step_ms=StepTime.of(runs),
     )
 
 
 def _median(values: Sequence[float]) -> float | None:
     middle = float(median(values))
-    return None if middle == float("inf") else round(middle, 4)
+    return None if middle == inf else round(middle, 4)
+
+
+def _spread(deviation: float | None) -> str:
+    return "" if deviation is None else f"\n± {deviation:.2g}"
+
+
+def _over(seeds: int) -> str:
+    return "" if seeds == 1 else f"\nmedians over {seeds} seeds, ± standard deviation"
+
+
+def _number(loss: float) -> str:
+    return f"{loss:.4f}" if loss < 1e4 else f"{loss:.1e}"
 
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
+    seeds = comparison.rows[0].seeds
+    target = f"target: {comparison.baseline}'s final held-out loss, {comparison.target_loss:.4f}"
     shown = Table(
-        title=f"target: {comparison.baseline}'s final held-out loss, {comparison.target_loss:.4f}",
+        title=f"{target}{_over(seeds)}",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
     shown.add_column("", no_wrap=True)
-    for column in ("final\nloss", "\nsteps", "steps to\ntarget", "\nratio", "seconds\nto target", "\nratio",
+    for column in ("final\nloss", "\nsteps", "steps to\ntarget", "\nratio", "seconds\nto it", "\nratio",
                    "step ms\nmedian", "\np99"):  # fmt: skip
         shown.add_column(column, justify="right", no_wrap=True)
     for row in comparison.rows:
         missed = "diverged" if row.diverged == row.seeds else "never"
         shown.add_row(
-            row.label if row.seeds == 1 else f"{row.label} x {row.seeds}",
-            f"{row.final_loss:.4f}",
+            row.label if row.seeds == seeds else f"{row.label} x {row.seeds}",
+            _number(row.final_loss) + _spread(row.final_loss_deviation),
             str(row.steps),
             missed if row.steps_to_target is None else f"{row.steps_to_target:g}",
             "–" if row.steps_ratio is None else f"{row.steps_ratio:.3f}",

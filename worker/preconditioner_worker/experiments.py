@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -12,19 +12,12 @@ from preconditioner_worker.comparison import Comparison, compare, table
 from preconditioner_worker.contenders import AnyContender
 from preconditioner_worker.optimizers import OptimizerSettings
 from preconditioner_worker.plots import draw
-from preconditioner_worker.results import RunResult, RunSettings
+from preconditioner_worker.results import RunResult, RunSettings, load_same
 from preconditioner_worker.training import train
 from preconditioner_worker.tuning import committed
-from preconditioner_worker.workloads import Workload
+from preconditioner_worker.workloads import DEFAULT_STEPS, Workload
 
 RUNS = Path("runs")
-DEFAULT_STEPS: Mapping[str, int] = {
-    "text": 1500,
-    "digits": 300,
-    "digits-batchnorm": 300,
-    "autoencoder": 1000,
-    "translation": 1000,
-}
 
 
 def settle(workload: str, optimizer: str, explicit: OptimizerSettings | None = None) -> AnyContender:
@@ -47,13 +40,27 @@ def horizon(workload: str, optimizer: str, steps: int | None = None) -> int:
 
 
 def run_all(
-    workload: Workload, runs: Sequence[RunSettings], folder: Path, console: Console
+    workload: Workload, runs: Sequence[RunSettings], folder: Path, console: Console, *, resume: bool = False
 ) -> list[RunResult]:
-    """Make the runs one after the other; each is saved as soon as it is done."""
+    """Make the runs one after the other; each is saved as soon as it is done.
+
+    Args:
+        workload: of all of them.
+        runs: in their order.
+        folder: for the results.
+        console: where progress is shown.
+        resume: take what the folder holds already of the same runs.
+
+    Raises:
+        ResultError: with ``resume``, the folder holds results of other settings or of other code.
+    """
+    # All are looked at first: nothing is trained for a comparison that will be refused.
+    held = [load_same(settings, folder) if resume else None for settings in runs]
     results = []
-    for settings in runs:
-        result = train(workload, settings, console=console)
-        result.save(folder)
+    for settings, result in zip(runs, held, strict=True):
+        if result is None:
+            result = train(workload, settings, console=console)
+            result.save(folder)
         results.append(result)
     return results
 

@@ -6,15 +6,31 @@ import contextlib
 import csv
 import io
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from preconditioner_worker.code_digest import CLIENT, code_digest
 from preconditioner_worker.contenders import AnyContender
 from preconditioner_worker.schedule import Schedule
+
+# What the numbers of a run depend on, beside the code of the client.
+CODE = (
+    *CLIENT,
+    *(
+        f"preconditioner_worker.{module}"
+        for module in (
+            "contenders", "optimizers", "schedule", "training", "rivals.lamb", "rivals.lars",
+            "rivals.curveball",
+            "workloads.autoencoder", "workloads.base", "workloads.digits", "workloads.digits_batchnorm",
+            "workloads.language", "workloads.text", "workloads.transformer", "workloads.translation",
+        )
+    ),
+)  # fmt: skip
 
 
 class ResultError(ValueError):
@@ -27,7 +43,7 @@ class _Record(BaseModel):
 
 
 class RunSettings(_Record):
-    """All that determines a run, apart from the text and the machine.
+    """All that determines a run, apart from the machine.
 
     Attributes:
         label: what tables and legends call the run.
@@ -40,6 +56,7 @@ class RunSettings(_Record):
         threads: of torch.
         service_wait: seconds that the run may stand still, once after its first step, until its service is
             up: how long a machine takes to start Ray is not what a run measures. Then it goes on without.
+        text: file or folder of the text workload; None: the standard library.
     """
 
     label: str
@@ -51,6 +68,12 @@ class RunSettings(_Record):
     evaluate_every: int
     threads: int = 1
     service_wait: float = 60.0
+    text: Path | None = None
+
+    @property
+    def stem(self) -> str:
+        """Name of the files of its result, without their endings."""
+        return f"{self.label}-seed{self.seed}"
 
 
 class StepSeries(_Record):
@@ -81,16 +104,35 @@ class EvaluationPoint(_Record):
 
 
 class Environment(_Record):
-    """Where a run was made."""
+    """Where a run was made, and by which code.
+
+    Attributes:
+        python: version.
+        torch: version.
+        numpy: version.
+        platform: operating system.
+        cpu: instruction set that torch computes with; other ones round differently.
+        code: digest of the code in :data:`CODE`.
+    """
 
     python: str
     torch: str
+    numpy: str
     platform: str
+    cpu: str
+    code: str
 
     @classmethod
     def here(cls) -> Environment:
         """Of the running process."""
-        return cls(python=platform.python_version(), torch=torch.__version__, platform=platform.platform())
+        return cls(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            numpy=np.__version__,
+            platform=platform.platform(),
+            cpu=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            code=code_digest(CODE),
+        )
 
 
 class RunResult(_Record):
@@ -124,11 +166,6 @@ class RunResult(_Record):
         """Held-out loss at the end."""
         return self.evaluations[-1].loss
 
-    @property
-    def stem(self) -> str:
-        """File name without its ending."""
-        return f"{self.settings.label}-seed{self.settings.seed}"
-
     def save(self, folder: Path) -> Path:
         """Write ``LABEL-seedN.json`` and two CSV files into ``folder``.
 
@@ -141,17 +178,17 @@ class RunResult(_Record):
         series = self.steps.model_dump()
         steps = zip(*series.values(), strict=True)
         write_csv(
-            folder / f"{self.stem}-steps.csv",
+            folder / f"{self.settings.stem}-steps.csv",
             ["step", *series],
             ([step, *values] for step, values in enumerate(steps, start=1)),
         )
         fields = list(EvaluationPoint.model_fields)
         write_csv(
-            folder / f"{self.stem}-evaluations.csv",
+            folder / f"{self.settings.stem}-evaluations.csv",
             fields,
             ([getattr(point, field) for field in fields] for point in self.evaluations),
         )
-        return write_text(folder / f"{self.stem}.json", self.model_dump_json(indent=1) + "\n")
+        return write_text(folder / f"{self.settings.stem}.json", self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> RunResult:
@@ -166,6 +203,46 @@ class RunResult(_Record):
             raise ResultError(f"cannot read results from {str(path)!r}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultError(f"{str(path)!r} is not the result of a run: {error}") from error
+
+
+def load_same(settings: RunSettings, folder: Path) -> RunResult | None:
+    """The result of a run that was made before, by this code on such a machine; None if it was not.
+
+    Raises:
+        ResultError: the folder holds the result of another run in its place.
+    """
+    path = folder / f"{settings.stem}.json"
+    if not path.exists():
+        return None
+    result = RunResult.load(path)
+    differences = [
+        *_differences(result.settings, settings),
+        *_differences(result.environment, Environment.here()),
+    ]
+    if differences:
+        raise ResultError(
+            f"{str(path)!r} was made otherwise ({'; '.join(differences)}), and must not be mixed with new "
+            f"results: choose another --name, or remove the folder"
+        )
+    return result
+
+
+def _differences(held: BaseModel, wanted: BaseModel) -> list[str]:
+    """What differs, as text with both values: ``steps 300 is not 500``."""
+    old, new = (_flat(record.model_dump(mode="json")) for record in (held, wanted))
+    return [
+        f"{name} {old.get(name)} is not {new.get(name)}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = _flat(value) if isinstance(value, dict) else None
+        found |= {name: value} if nested is None else {f"{name}.{key}": v for key, v in nested.items()}
+    return found
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from preconditioner_worker.code_digest import normalised
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness import RunSpec, Study, StudyRun
-from preconditioner_worker.staleness.fingerprint import CODE, Fingerprint, code_digest, normalised
+from preconditioner_worker.staleness.fingerprint import CODE, Fingerprint, code_digest
 from preconditioner_worker.staleness.rates import committed_path, rate, tuning_spec
 from preconditioner_worker.staleness.results import check_rates
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
 import platform
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from preconditioner_worker.code_digest import CLIENT
+from preconditioner_worker.code_digest import code_digest as digest_of
 from preconditioner_worker.staleness.specs import Record, StudySettings
 
 # What a run's numbers depend on.
 CODE = (
-    "preconditioner_client.blocks",
-    "preconditioner_client.config",
-    "preconditioner_client.engine",
-    "preconditioner_client.exchange",
-    "preconditioner_client.grafting",
-    "preconditioner_client.plan",
-    "preconditioner_client.refresh",
-    "preconditioner_client.roots",
-    "preconditioner_client.shampoo",
-    "preconditioner_client.stack",
-    "preconditioner_client.update_rule",
-    "preconditioner_protos.packing",
+    *CLIENT,
     "preconditioner_worker.optimizers",
     "preconditioner_worker.schedule",
     "preconditioner_worker.workloads.base",
@@ -82,36 +67,6 @@ class Fingerprint(Record):
         return found
 
 
-@cache
 def code_digest() -> str:
     """Digest of the code in :data:`CODE`: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in _files():
-        digest.update(normalised(path.read_text()).encode())
-    return digest.hexdigest()[:16]
-
-
-def normalised(source: str) -> str:
-    """Source as it runs: without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            rest = [part for part in node.body if not _is_text(part)]
-            node.body = rest or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-def _files() -> Iterator[Path]:
-    for name in CODE:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"the code of {name} is not there", name=name)
-        yield Path(spec.origin)
+    return digest_of(CODE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from preconditioner_worker.workloads.autoencoder import AutoencoderWorkload
@@ -13,6 +13,7 @@ from preconditioner_worker.workloads.text import TextWorkload
 from preconditioner_worker.workloads.translation import TranslationWorkload
 
 __all__ = [
+    "DEFAULT_STEPS",
     "WORKLOADS",
     "AutoencoderWorkload",
     "Batch",
@@ -31,6 +32,15 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     AutoencoderWorkload.name: AutoencoderWorkload,
     TranslationWorkload.name: TranslationWorkload,
 }
+
+DEFAULT_STEPS: Mapping[str, int] = {
+    "text": 1500,
+    "digits": 300,
+    "digits-batchnorm": 300,
+    "autoencoder": 1000,
+    "translation": 1000,
+}
+"""Length of a run where nothing else says it."""
 
 
 def open_workload(name: str, *, text: Path | None = None) -> Workload:
