@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import assert_replicas_are_equal, on_all_ranks
@@ -128,10 +130,30 @@ def a_consolidated_state_resumes_on_one_rank_and_on_all(folder):
     assert single.metrics()["blocks_with_version"] == 3
 
 
+def torch_saves_and_loads_the_parts_of_all_ranks(folder):
+    settings = {"staleness": SCHEDULED}
+    model = seeded(Convolutional)
+    optimizer = make(model, service=LocalExchange(2), **settings)
+    train_in_parts(model, optimizer, range(8))
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / "parts")
+    train_in_parts(model, optimizer, range(8, 14))
+    resumed = seeded(Convolutional, seed=1)
+    other = make(resumed, service=LocalExchange(2), **settings)
+    state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, other)}
+    assert other.metrics()["step"] == 0
+    dcp.load(state, checkpoint_id=folder / "parts")
+    resumed.load_state_dict(state["model"])
+    set_optimizer_state_dict(resumed, other, state["optimizer"])
+    train_in_parts(resumed, other, range(8, 14))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
 SCENARIOS = [
     replicas_train_as_one_process_on_the_whole_batch,
     half_precision_halves_the_bytes,
     layers_have_one_owner_and_replicas_stay_the_same,
     a_replica_without_a_batch_of_a_layer_stays_the_same,
     a_consolidated_state_resumes_on_one_rank_and_on_all,
+    torch_saves_and_loads_the_parts_of_all_ranks,
 ]
