@@ -6,7 +6,7 @@ the power b.
 
 Eigenvalues cannot be clipped here, as they are never known: B = A + ridge I itself must be positive
 definite. Where rounding left A with eigenvalues below -ridge, that is a retry with a larger ridge; where it
-left some between -ridge and zero, the root differs from that of the clipped matrix by as much as rounding did.
+left some between -ridge and zero, the root differs from that of the clipped matrix by what rounding did.
 """
 
 from __future__ import annotations
