@@ -18,6 +18,7 @@ from preconditioner_worker.contenders import (
     AdamSettings,
     ContenderName,
     CurveBallSettings,
+    KFACSettings,
     LAMBSettings,
     LARSSettings,
     Shampoo2020Settings,
@@ -96,6 +97,8 @@ class OptimizerOptions(Command):
     shampoo_2020: Shampoo2020Settings = Shampoo2020Settings()
     """What differs from the tuned settings."""
     shampoo_sync: SynchronousShampooSettings = SynchronousShampooSettings()
+    """What differs from the tuned settings."""
+    kfac: KFACSettings = KFACSettings()
     """What differs from the tuned settings."""
 
     @field_validator("workload")

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from preconditioner_client import (
+    KFAC,
     Accumulation,
     BlockingConfig,
     Grafting,
@@ -110,6 +111,10 @@ def _service(service: str) -> str:
     return ShampooSettings(service=service).service
 
 
+def _exchange(service: str) -> str | Exchange:
+    return LocalExchange(delay=int(service.removeprefix(LOCAL))) if service.startswith(LOCAL) else service
+
+
 class Shampoo2020Settings(OptimizerSettings):
     """preconditioner_client.Shampoo as published in 2020 (arXiv 2002.09018).
 
@@ -137,9 +142,6 @@ class Shampoo2020Settings(OptimizerSettings):
 
     def build(self, model: nn.Module) -> Shampoo:
         """See :class:`OptimizerSettings`."""
-        service: str | Exchange = self.service
-        if self.service.startswith(LOCAL):
-            service = LocalExchange(delay=int(self.service.removeprefix(LOCAL)))
         return Shampoo(
             self.groups(model),
             lr=self.lr,
@@ -150,7 +152,7 @@ class Shampoo2020Settings(OptimizerSettings):
             statistics=StatisticsConfig(accumulation=Accumulation.SUM),
             blocking=BlockingConfig(block_size=self.block_size, max_side=self.max_side),
             staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
-            service=service,
+            service=_exchange(self.service),
         )
 
 
@@ -180,6 +182,37 @@ class SynchronousShampooSettings(OptimizerSettings):
         return ShampooSettings(**settings, max_staleness=bound, service=f"{LOCAL}0").build(model)
 
 
+class KFACSettings(OptimizerSettings):
+    """preconditioner_client.KFAC: linear layers, convolutions, embeddings and BatchNorms."""
+
+    name: Literal["kfac"] = "kfac"
+    lr: Rate = 1e-2
+    damping: Rate = 1e-2
+    """lambda, split over both factors by pi."""
+    momentum: Decay = 0.9
+    statistics_beta: Decay = 0.95
+    """Decay of the factors' average."""
+    refresh_every: Steps | None = None
+    """Steps between snapshots; null: as soon as the last is back, at most every 10."""
+    max_staleness: Steps = 200
+    """Age up to which no step waits."""
+    service: Annotated[str, AfterValidator(_service)] = "embedded"
+    """embedded; host:port of a running service; or local:D: in this process, exactly D steps late."""
+
+    def build(self, model: nn.Module) -> KFAC:
+        """See :class:`OptimizerSettings`."""
+        return KFAC(
+            model,
+            self.groups(model),
+            lr=self.lr,
+            damping=self.damping,
+            momentum=self.momentum,
+            statistics=StatisticsConfig(beta=self.statistics_beta),
+            staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
+            service=_exchange(self.service),
+        )
+
+
 CONTENDERS: Mapping[str, type[OptimizerSettings]] = {
     "adamw": AdamWSettings,
     "adam": AdamSettings,
@@ -191,10 +224,21 @@ CONTENDERS: Mapping[str, type[OptimizerSettings]] = {
     "shampoo": ShampooSettings,
     "shampoo-2020": Shampoo2020Settings,
     "shampoo-sync": SynchronousShampooSettings,
+    "kfac": KFACSettings,
 }
 
 ContenderName: TypeAlias = Literal[
-    "adamw", "adam", "adagrad", "sgd", "lars", "lamb", "curveball", "shampoo", "shampoo-2020", "shampoo-sync"
+    "adamw",
+    "adam",
+    "adagrad",
+    "sgd",
+    "lars",
+    "lamb",
+    "curveball",
+    "shampoo",
+    "shampoo-2020",
+    "shampoo-sync",
+    "kfac",
 ]
 
 AnyContender: TypeAlias = Annotated[
@@ -207,6 +251,7 @@ AnyContender: TypeAlias = Annotated[
     | CurveBallSettings
     | ShampooSettings
     | Shampoo2020Settings
-    | SynchronousShampooSettings,
+    | SynchronousShampooSettings
+    | KFACSettings,
     Field(discriminator="name"),
 ]

@@ -61,6 +61,7 @@ RATES: Mapping[str, list[float]] = {
     "curveball": [0.1, 0.3, 0.5, 0.7, 1.0],
     "shampoo": [5e-4, 1.5e-3, 3e-3, 6e-3, 2e-2],
     "shampoo-2020": [3e-3, 1e-2, 3e-2, 6e-2, 0.2],
+    "kfac": [1e-3, 3e-3, 1e-2, 3e-2, 0.1],
     "shampoo-sync": [5e-4, 1.5e-3, 3e-3, 6e-3, 2e-2],
 }
 COMPARED = ("digits-batchnorm", "autoencoder", "translation", "text")
@@ -71,7 +72,9 @@ BLEND_SHARE = 0.05
 def _rates(workload: str, optimizer: str) -> Grid:
     steps = DEFAULT_STEPS[workload]
     start: dict[str, object] = {"name": optimizer}
-    if optimizer == "shampoo":
+    if optimizer == "adamw":
+        start["weight_decay"] = 0.01  # without any it were Adam
+    if optimizer in ("shampoo", "kfac"):
         start["service"] = VIRTUAL
     if optimizer == "shampoo-2020":
         start |= {"service": VIRTUAL, "blend_steps": round(BLEND_SHARE * steps)}

@@ -22,6 +22,13 @@ from preconditioner_worker.schedule import Schedule
 CODE = (
     *CLIENT,
     *(
+        f"preconditioner_client.{module}"
+        for module in (
+            "kfac.diagonals", "kfac.engine", "kfac.factor_stack", "kfac.factors", "kfac.layers",
+            "kfac.optimizer", "kfac.recording", "preconditioned_optimizer",
+        )
+    ),
+    *(
         f"preconditioner_worker.{module}"
         for module in (
             "contenders", "optimizers", "schedule", "training", "rivals.lamb", "rivals.lars",

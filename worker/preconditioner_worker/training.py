@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from preconditioner_client import Shampoo
+from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_worker.progress import display
 from preconditioner_worker.results import (
     Environment,
@@ -44,7 +44,7 @@ def train(workload: Workload, settings: RunSettings, *, console: Console | None 
     try:
         return _run(workload, settings, model, optimizer, console or Console(quiet=True))
     finally:
-        if isinstance(optimizer, Shampoo):
+        if isinstance(optimizer, PreconditionedOptimizer):
             optimizer.close()
 
 
@@ -92,7 +92,7 @@ def _run(
         evaluations=evaluations,
         diverged=diverged,
         service_seconds=service_seconds,
-        metrics=optimizer.metrics() if isinstance(optimizer, Shampoo) else {},
+        metrics=optimizer.metrics() if isinstance(optimizer, PreconditionedOptimizer) else {},
         environment=Environment.here(),
     )
 
@@ -126,8 +126,8 @@ def _step(
 
 
 def _await_service(optimizer: torch.optim.Optimizer, longest: float) -> float:
-    """Stand still until a Shampoo has its service, which its first step called for; returns the seconds."""
-    if not isinstance(optimizer, Shampoo):
+    """Stand still until an optimizer has the service that its first step called for; returns the seconds."""
+    if not isinstance(optimizer, PreconditionedOptimizer):
         return 0.0
     start = time.monotonic()
     while not optimizer.metrics()["connected"]:
@@ -140,7 +140,7 @@ def _await_service(optimizer: torch.optim.Optimizer, longest: float) -> float:
 
 def _freshness(optimizer: torch.optim.Optimizer) -> tuple[int | None, int]:
     """Age in use and versions adopted; None and 0 without preconditioners."""
-    if not isinstance(optimizer, Shampoo):
+    if not isinstance(optimizer, PreconditionedOptimizer):
         return None, 0
     metrics: dict[str, Any] = optimizer.metrics()
     age = metrics["age"]
