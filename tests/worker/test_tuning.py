@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from preconditioner_worker import tuning as module
+from preconditioner_worker.commands import Compare
+from preconditioner_worker.contenders import CONTENDERS
 from preconditioner_worker.experiments import horizon, settle
-from preconditioner_worker.grids import GRIDS
+from preconditioner_worker.grids import COMPARED, GRIDS
 from preconditioner_worker.optimizers import AdamWSettings, ShampooSettings
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.tuning import (
@@ -21,6 +23,7 @@ from preconditioner_worker.tuning import (
     load_tuning,
     tune,
 )
+from preconditioner_worker.workloads import DEFAULT_STEPS
 
 GRID = Grid(
     workload="digits",
@@ -85,14 +88,21 @@ def test_the_best_is_the_finalist_with_the_lowest_mean():
     assert tuning.best.lr == 0.2
 
 
-@pytest.mark.parametrize("name", ["adamw", "shampoo"])
-def test_the_text_workload_has_whole_committed_tunings_of_their_grids(name, tmp_path, monkeypatch):
+COMMITTED = [key for key in GRIDS if committed_path(*key).exists()]
+
+
+def test_the_demonstration_is_tuned():
+    assert {("text", "adamw"), ("text", "shampoo")} <= set(COMMITTED)
+
+
+@pytest.mark.parametrize("key", COMMITTED, ids="-".join)
+def test_committed_tunings_are_whole_and_of_their_grids(key, tmp_path, monkeypatch):
     copy = tmp_path / "tuning.json"
-    shutil.copy(committed_path("text", name), copy)
+    shutil.copy(committed_path(*key), copy)
     monkeypatch.setattr(module, "_trial", None)
-    tuning = committed("text", name)
+    tuning = committed(*key)
     # Nothing is left to run, so all stages were run to their ends.
-    assert tune(GRIDS["text", name], copy) == tuning
+    assert tune(GRIDS[key], copy) == tuning
     assert tuning.best == tuning.ranking()[0]
     assert 0 not in {trial.seed for trial in tuning.trials}  # the seed of the demonstration
 
@@ -104,3 +114,13 @@ def test_explicit_settings_win_over_tuned_ones():
     assert settle("digits", "sgd").lr == 0.1
     assert horizon("text", "shampoo") == tuned.grid.steps
     assert horizon("text", "shampoo", 7) == 7
+
+
+def test_every_contender_has_the_same_budget_on_every_workload():
+    for workload in COMPARED:
+        assert {name for of, name in GRIDS if of == workload} == set(CONTENDERS)
+    short = [grid for key, grid in GRIDS.items() if key not in {("text", "adamw"), ("text", "shampoo")}]
+    assert {tuple(len(stage["lr"]) for stage in grid.stages) for grid in short} == {(5,)}
+    for grid in short:
+        assert grid.steps == DEFAULT_STEPS[grid.workload]
+        assert grid.seed not in Compare.model_fields["seeds"].default
