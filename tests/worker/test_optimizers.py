@@ -86,14 +86,16 @@ def test_shampoo_of_2020_is_as_published():
 
 
 def test_synchronous_shampoo_has_its_roots_in_the_step_of_their_snapshot():
-    model = nn.Linear(4, 3, bias=False)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
     optimizer = SynchronousShampooSettings(refresh_every=5).build(model)
     for _ in range(12):
-        model.weight.grad = torch.randn(3, 4)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     metrics = optimizer.metrics()
     assert metrics["waits"] == 0
     assert metrics["age_max"] == 4  # 0 in the step of a refresh
+    assert metrics["versions_adopted"] == 4  # of both matrices, at steps 5 and 10
     optimizer.close()
 
 

@@ -16,6 +16,8 @@ from preconditioner_client import (
     Grafting,
     GraftingConfig,
     LocalExchange,
+    Ridge,
+    RootConfig,
     Shampoo,
     StalenessConfig,
     StatisticsConfig,
@@ -162,7 +164,7 @@ class SynchronousShampooSettings(OptimizerSettings):
     name: Literal["shampoo-sync"] = "shampoo-sync"
     lr: Rate = 3e-3
     refresh_every: Steps = 20
-    """k; the blocks' turns are spread over it."""
+    """k; all blocks in the same step, from step k on."""
     beta1: Decay = 0.9
     """Decay of the gradient's average."""
     grafting_beta2: Decay = 0.99
@@ -176,10 +178,19 @@ class SynchronousShampooSettings(OptimizerSettings):
 
     def build(self, model: nn.Module) -> Shampoo:
         """See :class:`OptimizerSettings`."""
-        settings = self.model_dump(exclude={"name"})
-        # A step never waits: the roots are there in the step of their snapshot.
-        bound = max(self.refresh_every, 200)
-        return ShampooSettings(**settings, max_staleness=bound, service=f"{LOCAL}0").build(model)
+        return Shampoo(
+            self.groups(model),
+            lr=self.lr,
+            beta1=self.beta1,
+            grafting=GraftingConfig(beta2=self.grafting_beta2),
+            statistics=StatisticsConfig(beta=self.statistics_beta),
+            root=RootConfig(ridge=Ridge(value=self.ridge_value), exponent=self.exponent),
+            # A step never waits: the roots are there in the step of their snapshot.
+            staleness=StalenessConfig(
+                refresh_every=self.refresh_every, max_staleness=self.refresh_every, stagger=False
+            ),
+            service=LocalExchange(),
+        )
 
 
 class KFACSettings(OptimizerSettings):
