@@ -92,5 +92,5 @@ def test_missing_and_small_text_are_refused(tmp_path):
         open_workload("text", text=small)
     with pytest.raises(WorkloadError, match="belongs to the workload 'text'"):
         open_workload("digits", text=small)
-    with pytest.raises(WorkloadError, match="'none'; there are digits, text"):
+    with pytest.raises(WorkloadError, match=r"'none'; there are .*digits.*text"):
         open_workload("none")
