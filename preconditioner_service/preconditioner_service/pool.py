@@ -308,9 +308,10 @@ class RayPool:
     async def _ask(self, worker: Worker) -> None:
         try:
             future: Future[int] = await self._call(lambda: worker.actor.ping.remote().future())
-            # Another process id than before, where Ray restarted it meanwhile.
-            worker.pid = await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
-            worker.seen = time.monotonic()
+            pid = await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
+            if pid != worker.pid:  # it died without work, and Ray has started it again
+                event(logging.WARNING, "worker restarted", worker=worker.number, pid=pid, before=worker.pid)
+            worker.pid, worker.seen = pid, time.monotonic()
         except asyncio.TimeoutError:
             if not worker.batches:  # or it works, and has the batch's own deadline
                 self._lost(worker, f"no sign of life for {_PING_TIMEOUT:.0f} s", kill=True)
