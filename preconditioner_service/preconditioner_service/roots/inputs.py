@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from .conditioning import Floats
 from .errors import AsymmetricError, DtypeError, EmptyError, NotFiniteError, RootError, ShapeError
-from .solution import restore
 from .triangles import FULL_UP_TO, largest_asymmetry, mirror_upper, symmetrise, unpack
 from .verification import probes
 from .workspace import scratch
@@ -112,10 +111,9 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
 
     np.copyto(scaled_BNN, stack)
     _shift(scaled_BNN, exponents)
-    scales = [math.ldexp(scale, -exponent) for scale, exponent in zip(scales, exponents, strict=True)]
-    if _looks_symmetric(scaled_BNN, scales):
+    if _looks_symmetric(scaled_BNN, [math.ldexp(s, -e) for s, e in zip(scales, exponents, strict=True)]):
         return Prepared(scaled_BNN, exponents, index, eps, errors)
-    asymmetries = largest_asymmetry(scaled_BNN).tolist()
+    asymmetries = largest_asymmetry(stack).tolist()
     symmetric = []
     for k, (asymmetry, scale) in enumerate(zip(asymmetries, scales, strict=True)):
         allowed = rounding_level(n, eps) * scale
@@ -123,9 +121,8 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
             symmetric.append(k)
             continue
         errors[index[k]] = AsymmetricError(
-            f"elements differ from their transposed ones by up to {restore(asymmetry, exponents[k]):.3g}, "
-            f"rounding explains {restore(allowed, exponents[k]):.3g}; "
-            f"symmetrise (A + A.T) / 2 first if that is meant"
+            f"elements differ from their transposed ones by up to {asymmetry:.3g}, "
+            f"rounding explains {allowed:.3g}; symmetrise (A + A.T) / 2 first if that is meant"
         )
     if len(symmetric) < len(index):
         scaled_BNN = scaled_BNN[symmetric]

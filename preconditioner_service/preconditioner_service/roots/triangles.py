@@ -63,7 +63,7 @@ def symmetrise(stack_BNN: Floats) -> None:
         stack_BNN[:, start:, start:end] = mean_BSM.transpose(0, 2, 1)
 
 
-def largest_asymmetry(stack_BNN: Floats) -> Floats:
+def largest_asymmetry(stack_BNN: NDArray[Any]) -> Floats:
     """Return the largest |a_ij - a_ji| of each matrix, (b,)."""
     count, n = stack_BNN.shape[:2]
     largest_B: Floats = np.zeros(count)
