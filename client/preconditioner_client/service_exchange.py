@@ -24,7 +24,8 @@ from preconditioner_protos.history import HistoryRecorder
 logger = logging.getLogger("preconditioner_client")
 
 _SERVICE_END_SECONDS = 15.0
-_live: weakref.WeakSet[_Background] = weakref.WeakSet()
+_live: set[_Background] = set()
+"""Those whose thread has not ended: a collected exchange is not there any more to hold its own."""
 
 
 class ServiceExchange:
@@ -90,10 +91,9 @@ class ServiceExchange:
             )
             supervisor = Supervisor(self._config, self._mailbox, endpoint, self._warned)
             self._background = _Background(self._mailbox, supervisor, self._config.close_timeout)
-            _live.add(self._background)
             # A collected exchange ends its background, which does not refer to it.
             weakref.finalize(self, self._background.leave).atexit = False
-            supervisor.start()
+            self._background.start()
         else:
             self._background.supervisor.interrupt(self._config.close_timeout / 2)
 
@@ -136,6 +136,11 @@ class _Background:
         self._mailbox = mailbox
         self._close_timeout = close_timeout
         self._owner = os.getpid()
+
+    def start(self) -> None:
+        """Begin, and be ended at the interpreter's exit if nobody did before."""
+        _live.add(self)
+        self.supervisor.start(lambda: _live.discard(self))
 
     def leave(self) -> None:
         """Let everything end by itself. For finalizers, which may run anywhere: no wait, no new thread."""

@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import TypeAlias
 
 import grpc
@@ -86,9 +87,11 @@ class Supervisor:
         self._attached_at: float | None = None
         self._logged: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="preconditioner-exchange", daemon=True)
+        self._on_end: Callable[[], None] = lambda: None
 
-    def start(self) -> None:
-        """Begin, in a thread of its own."""
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Begin, in a thread of its own, which calls ``on_end`` as its last deed."""
+        self._on_end = on_end
         self._thread.start()
 
     def interrupt(self, grace: float) -> None:
@@ -123,6 +126,7 @@ class Supervisor:
                 served = order
         finally:
             self._endpoint.release()
+            self._on_end()
 
     def _serve(self, order: Order) -> None:
         """Keep one session going until it is replaced, stopped or superseded."""

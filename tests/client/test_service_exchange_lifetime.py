@@ -25,6 +25,17 @@ from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_protos import packed_length
 
 
+def run_trainer(script, address):
+    """Run it in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, address],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def test_a_service_that_does_not_read_blocks_nothing(front, connect):
     exchange = connect(front.address, close_timeout=0.5)
     spec = opened(exchange, session(*[(500, 500)] * 8))
@@ -91,6 +102,32 @@ def test_an_exchange_that_nobody_holds_ends(front):
     until(lambda: front.closed == ["s0"])
 
 
+COLLECTED = """
+import atexit, gc, sys, threading
+
+@atexit.register  # before the client's own, so called after it
+def tell():
+    print(sorted(thread.name for thread in threading.enumerate() if "preconditioner" in thread.name))
+
+from exchange_session import opened, session
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_exchange import ServiceExchange
+
+exchange = ServiceExchange(ServiceConfig(address=sys.argv[1]))
+opened(exchange, session())
+del exchange
+gc.collect()
+"""
+
+
+def test_the_interpreter_s_exit_waits_for_a_collected_exchange(front):
+    """A thread that finalization stops within gRPC's C++ aborts the whole process."""
+    trainer = run_trainer(COLLECTED, front.address)
+    assert trainer.returncode == 0, trainer.stderr
+    assert trainer.stdout.split() == ["[]"]
+    assert front.closed == ["s0"]
+
+
 def test_a_forked_child_does_no_harm(front, connect):
     exchange = connect(front.address)
     spec = opened(exchange, session())
@@ -143,13 +180,7 @@ print(status, exchange.generation)
 
 
 def test_a_forked_child_that_ends_in_order_leaves_the_parent_s_stream_alone(front):
-    trainer = subprocess.run(
-        [sys.executable, "-c", FORKING, front.address],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    trainer = run_trainer(FORKING, front.address)
     assert trainer.returncode == 0, trainer.stderr
     assert trainer.stdout.split() == ["0", "1"]
     assert len(front.opens) == len(front.closed) == 1
