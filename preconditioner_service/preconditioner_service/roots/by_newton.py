@@ -6,7 +6,8 @@ the power b.
 
 Eigenvalues cannot be clipped here, as they are never known: B = A + ridge I itself must be positive
 definite. Where rounding left A with eigenvalues below -ridge, that is a retry with a larger ridge; where it
-left some between -ridge and zero, the root differs from that of the clipped matrix by what rounding did.
+left some between -ridge and zero, the root differs from that of the clipped matrix by what rounding did. A
+caller who wants the clipped root says by how much it may differ.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ from .solution import Solution, escalated, failure, restore
 from .verification import default_bound, multiply, probes, residuals
 
 
+class ClippingError(RootError):
+    """Eigenvalues below zero, which are not clipped here, would show in the root."""
+
+
 def solve(
     prepared: Prepared,
     order: Order,
     conditioning: Conditioning,
     residual_bound: float | None,
     retries: int,
+    clipping: float = math.inf,
 ) -> tuple[Floats, list[Solution | RootError]]:
     """Return verified roots of the scaled matrices, (b, n, n), and for each how it came about or its error.
+
+    Where a root would differ from that of the clipped matrix by more than `clipping`, relative to itself, the
+    error is a ClippingError.
 
     Raises:
         MethodError: the conditioning is a pseudo-inverse, for which Newton's method has no equation.
@@ -46,7 +55,7 @@ def solve(
     for i, (scaled_NN, exponent) in enumerate(zip(prepared.scaled_BNN, prepared.exponents, strict=True)):
         try:
             roots_BNN[i], solution = _solve_one(
-                scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries
+                scaled_NN, exponent, prepared.eps, order, conditioning, residual_bound, retries, clipping
             )
             outcomes.append(solution)
         except RootError as error:
@@ -62,9 +71,16 @@ def _solve_one(
     conditioning: Conditioning,
     residual_bound: float | None,
     retries: int,
+    clipping: float,
 ) -> tuple[Floats, Solution]:
     n = len(scaled_NN)
     largest = max(largest_eigenvalue(scaled_NN), 0.0)
+    level = conditioning.level(largest, max(float(np.trace(scaled_NN)) / n, 0.0), exponent)
+    # An eigenvalue -d is taken to (ridge - d)^(-1/p) instead of ridge^(-1/p): d / (p ridge) more. A Lanczos
+    # value would be no bound on d, as it finds the ends of a cluster at zero last.
+    harmless = clipping * -level / order.exponent
+    if math.isfinite(harmless) and not _is_definite(scaled_NN, harmless):
+        raise ClippingError(f"eigenvalues below {restore(-harmless, exponent):.3g} need to be clipped")
     most_negative = -largest_eigenvalue(-scaled_NN)
     allowed = rounding_level(n, eps) * max(largest, -most_negative)
     if most_negative < -allowed or not (largest == 0.0 or _is_definite(scaled_NN, allowed)):
@@ -74,7 +90,6 @@ def _solve_one(
             f"{restore(largest, exponent):.3g}; "
             f"statistics are sums of G G^T, so look at how these were made"
         )
-    level = conditioning.level(largest, max(float(np.trace(scaled_NN)) / n, 0.0), exponent)
     ridge, residual, bound = 0.0, np.inf, 0.0
     for retry in range(retries + 1):
         ridge = escalated(level, largest, n, retry)

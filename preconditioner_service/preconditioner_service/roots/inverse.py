@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from numbers import Rational
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import by_eigh, by_newton
+from .by_newton import ClippingError
 from .calibration import choose
 from .conditioning import Conditioning, RelativeRidge
 from .errors import DtypeError, InputError, MethodError, RootError
@@ -41,6 +43,8 @@ def inverse_root(
         p: any positive rational: 2k for Shampoo with k preconditioned sides, 1 for K-FAC, also 4/3.
         conditioning: how B is made from the matrix, see `preconditioner_service.roots.conditioning`.
         method: eigh, schur_newton, or auto: the faster one of those that apply, as measured on this host.
+            schur_newton does not clip, see `preconditioner_service.roots.by_newton`; auto leaves a matrix
+            where that would show in the root to eigh.
         dtype: of the result, float32 or float64.
         residual_bound: largest acceptable `||X^a B^b v - v|| / ||v||`, p = a/b, of the float64 root; by
             default what rounding explains, see `verification.default_bound`.
@@ -122,7 +126,15 @@ def inverse_roots(
     with np.errstate(all="ignore"):
         for start in range(0, len(array), size):
             chunk = array[start : start + size]
-            results += _chunk(chunk, n, order, conditioning, chosen, out, residual_bound, retries)
+            outcomes = _chunk(
+                chunk, n, order, conditioning, chosen, out, residual_bound, retries, clips=method == "auto"
+            )
+            clipped = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, ClippingError)]
+            if clipped:
+                again = _chunk(chunk[clipped], n, order, conditioning, "eigh", out, residual_bound, retries)
+                for i, outcome in zip(clipped, again, strict=True):
+                    outcomes[i] = outcome
+            results += outcomes
     return results
 
 
@@ -135,11 +147,15 @@ def _chunk(
     dtype: np.dtype[Any],
     residual_bound: float | None,
     retries: int,
+    clips: bool = False,
 ) -> list[Root | RootError]:
     began = time.perf_counter()
     prepared = prepare(chunk, n, conditioning.floor)
-    solve = by_eigh.solve if method == "eigh" else by_newton.solve
-    root_BNN, outcomes = solve(prepared, order, conditioning, residual_bound, retries)
+    if method == "eigh":
+        root_BNN, outcomes = by_eigh.solve(prepared, order, conditioning, residual_bound, retries)
+    else:
+        clipping = float(np.finfo(dtype).eps) if clips else math.inf
+        root_BNN, outcomes = by_newton.solve(prepared, order, conditioning, residual_bound, retries, clipping)
     results: dict[int, Root | RootError] = dict(prepared.errors)
     for k, outcome in enumerate(outcomes):
         if isinstance(outcome, RootError):

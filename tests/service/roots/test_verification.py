@@ -17,6 +17,7 @@ from preconditioner_service.roots import (
     by_newton,
     calibrate,
     calibration,
+    inverse,
     inverse_root,
     inverse_roots,
     newton,
@@ -177,6 +178,30 @@ def test_calibration_is_measured_once_and_decides(monkeypatch):
         assert calibration.choose(20, Order(4, 1), RelativeRidge(1e-6)) == expected
         assert calibration.choose(20, Order(4, 1), PseudoInverse(1e-6)) == "eigh"
         assert inverse_root(wishart(20, 40), 4).diagnostics.method == expected
+
+
+@pytest.mark.parametrize("n", [48, 160])
+def test_auto_clips_also_where_newton_is_faster(monkeypatch, n):
+    """Statistics summed in float32 from few gradients have eigenvalues below zero, and beside the ridge."""
+    rng = np.random.default_rng(3)
+    statistics = np.zeros((n, n), np.float32)
+    for _ in range(40):
+        gradient = rng.standard_normal((n, 2)).astype(np.float32) @ np.ones((2, 2), np.float32)
+        statistics += gradient @ gradient.T
+    harmless = wishart(n, 2 * n).astype(np.float32)
+    stack = np.stack([statistics, harmless])
+    expected = inverse_roots(stack, 4, method="eigh")
+    monkeypatch.setattr(inverse, "choose", lambda *_: "schur_newton")
+    found = inverse_roots(stack, 4)
+    assert [root.diagnostics.method for root in found] == ["eigh", "schur_newton"]
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one.matrix - other.matrix).max() <= 1e-6 * np.abs(other.matrix).max()
+        assert one.diagnostics.retries == 0
+    # Asked for by name it is what it is: of B as it stands, or with a larger ridge.
+    (unclipped,) = inverse_roots(stack[:1], 4, method="schur_newton")
+    assert unclipped.diagnostics.method == "schur_newton"
+    difference = np.abs(unclipped.matrix - expected[0].matrix).max()
+    assert difference > 1e-6 * np.abs(expected[0].matrix).max()
 
 
 def test_threads():

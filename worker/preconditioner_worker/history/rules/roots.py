@@ -94,16 +94,4 @@ def _misfit(
             expected = inverse_root(torch.from_numpy(statistics), order, ridge).numpy().astype(np.float64)
         except ValueError:  # there is no root of it
             return float("inf")
-    found = _relative(root, expected)
-    if found > TOLERANCE and ridge.kind is RidgeKind.RELATIVE:
-        # Rounding leaves eigenvalues a little below zero, which decompositions clip; Newton's iteration takes
-        # A + ridge I as it is. Both are roots of what was sent.
-        values, vectors = np.linalg.eigh(statistics.astype(np.float64))
-        values += ridge.value * values[-1]
-        if values[0] > 0:
-            found = min(found, _relative(root, (vectors * values ** (-1 / order)) @ vectors.T))
-    return found
-
-
-def _relative(root: npt.NDArray[np.float32], expected: npt.NDArray[np.float64]) -> float:
     return float(np.abs(root - expected).max() / np.abs(expected).max())
