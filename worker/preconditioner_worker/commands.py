@@ -7,6 +7,7 @@ else from the section ``[train]`` of the file that ``--config`` names, else from
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args
 
@@ -44,7 +45,7 @@ from preconditioner_worker.workloads import WORKLOADS, open_workload
 Seed = Annotated[int, Field(ge=0)]
 
 
-class Command(BaseModel):
+class Command(BaseModel, ABC):
     """Options that every command has."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -52,9 +53,9 @@ class Command(BaseModel):
     text: Path | None = None
     """File or folder of text for the workload 'text'; null: the source of Python's standard library."""
 
+    @abstractmethod
     def run(self, console: Console) -> int:
         """Carry the command out; returns the exit status."""
-        raise NotImplementedError
 
     def cli_cmd(self) -> None:
         """Called by the command line."""
