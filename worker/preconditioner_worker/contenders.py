@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import nn
 
 from preconditioner_client import (
@@ -22,17 +22,17 @@ from preconditioner_client import (
     StalenessConfig,
     StatisticsConfig,
 )
-from preconditioner_client.exchange import Exchange
 from preconditioner_worker.optimizers import (
-    LOCAL,
     AdagradSettings,
     AdamWSettings,
     Decay,
     NonNegative,
     OptimizerSettings,
     Rate,
+    Service,
     SGDSettings,
     ShampooSettings,
+    exchange,
 )
 from preconditioner_worker.rivals import LAMB, LARS, CurveBall
 
@@ -109,14 +109,6 @@ class CurveBallSettings(OptimizerSettings):
         return CurveBall(model, lr=self.lr, damping=self.damping)
 
 
-def _service(service: str) -> str:
-    return ShampooSettings(service=service).service
-
-
-def _exchange(service: str) -> str | Exchange:
-    return LocalExchange(delay=int(service.removeprefix(LOCAL))) if service.startswith(LOCAL) else service
-
-
 class Shampoo2020Settings(OptimizerSettings):
     """preconditioner_client.Shampoo as published in 2020 (arXiv 2002.09018).
 
@@ -139,7 +131,7 @@ class Shampoo2020Settings(OptimizerSettings):
     """Steps between snapshots; null: as soon as the last is back, at most every 10."""
     max_staleness: Steps = 1200
     """Age up to which no step waits."""
-    service: Annotated[str, AfterValidator(_service)] = "embedded"
+    service: Service = "embedded"
     """embedded; host:port of a running service; or local:D: in this process, exactly D steps late."""
 
     def build(self, model: nn.Module) -> Shampoo:
@@ -154,7 +146,7 @@ class Shampoo2020Settings(OptimizerSettings):
             statistics=StatisticsConfig(accumulation=Accumulation.SUM),
             blocking=BlockingConfig(block_size=self.block_size, max_side=self.max_side),
             staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
-            service=_exchange(self.service),
+            service=exchange(self.service),
         )
 
 
@@ -207,7 +199,7 @@ class KFACSettings(OptimizerSettings):
     """Steps between snapshots; null: as soon as the last is back, at most every 10."""
     max_staleness: Steps = 200
     """Age up to which no step waits."""
-    service: Annotated[str, AfterValidator(_service)] = "embedded"
+    service: Service = "embedded"
     """embedded; host:port of a running service; or local:D: in this process, exactly D steps late."""
 
     def build(self, model: nn.Module) -> KFAC:
@@ -220,7 +212,7 @@ class KFACSettings(OptimizerSettings):
             momentum=self.momentum,
             statistics=StatisticsConfig(beta=self.statistics_beta),
             staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
-            service=_exchange(self.service),
+            service=exchange(self.service),
         )
 
 

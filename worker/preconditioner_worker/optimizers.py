@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
 
 from preconditioner_client import (
@@ -29,6 +28,22 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 LOCAL = "local:"
 """Prefix of a ``service`` that is none: roots in process, delivered exactly that many steps later."""
+
+
+def _known_service(service: str) -> str:
+    if service.startswith(LOCAL) and not service.removeprefix(LOCAL).isdecimal():
+        raise ValueError(f"{service!r} needs a number of steps, as in 'local:10'")
+    if service != "embedded" and ":" not in service:
+        raise ValueError(f"{service!r} is none of 'embedded', 'host:port' and 'local:STEPS'")
+    return service
+
+
+Service: TypeAlias = Annotated[str, AfterValidator(_known_service)]
+
+
+def exchange(service: Service) -> str | Exchange:
+    """What an optimizer takes as its ``service``."""
+    return LocalExchange(delay=int(service.removeprefix(LOCAL))) if service.startswith(LOCAL) else service
 
 
 class OptimizerSettings(BaseModel):
@@ -135,23 +150,11 @@ class ShampooSettings(OptimizerSettings):
     """Age up to which no step waits."""
     policy: Literal["wait", "graft", "keep"] = "wait"
     """What a step does beyond that age."""
-    service: str = "embedded"
+    service: Service = "embedded"
     """embedded; host:port of a running service; or local:D: in this process, exactly D steps late."""
-
-    @field_validator("service")
-    @classmethod
-    def _check_service(cls, service: str) -> str:
-        if service.startswith(LOCAL) and not service.removeprefix(LOCAL).isdecimal():
-            raise ValueError(f"{service!r} needs a number of steps, as in 'local:10'")
-        if service != "embedded" and ":" not in service:
-            raise ValueError(f"{service!r} is none of 'embedded', 'host:port' and 'local:STEPS'")
-        return service
 
     def build(self, model: nn.Module) -> Shampoo:
         """See :class:`OptimizerSettings`."""
-        service: str | Exchange = self.service
-        if self.service.startswith(LOCAL):
-            service = LocalExchange(delay=int(self.service.removeprefix(LOCAL)))
         return Shampoo(
             self.groups(model),
             lr=self.lr,
@@ -173,17 +176,5 @@ class ShampooSettings(OptimizerSettings):
                 refresh_every=self.refresh_every,
                 policy=StalePolicy(self.policy),
             ),
-            service=service,
+            service=exchange(self.service),
         )
-
-
-OPTIMIZERS: Mapping[str, type[OptimizerSettings]] = {
-    "adamw": AdamWSettings,
-    "adagrad": AdagradSettings,
-    "sgd": SGDSettings,
-    "shampoo": ShampooSettings,
-}
-
-AnyOptimizer: TypeAlias = Annotated[
-    AdamWSettings | AdagradSettings | SGDSettings | ShampooSettings, Field(discriminator="name")
-]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from preconditioner_client import Grafting, GraftingConfig
 from preconditioner_client.grafting import directions, update_second_moments
-from preconditioner_worker.rivals.checks import Bounds, check_group, dense_gradients
+from preconditioner_worker.rivals.checks import Bounds
+from preconditioner_worker.rivals.layerwise import LayerwiseOptimizer
 
-BOUNDS: Bounds = {"lr": None, "beta1": 1.0, "beta2": 1.0, "epsilon": None, "weight_decay": None}
 
-
-class LAMB(Optimizer):
+class LAMB(LayerwiseOptimizer):
     """Layer-wise adaptive moments (You et al., arXiv 1904.00962, algorithm 2), with phi the identity.
 
     For each parameter w with gradient g, at its t-th update::
@@ -43,6 +40,8 @@ class LAMB(Optimizer):
         ValueError: a setting outside of its range, or (from :meth:`step`) a sparse gradient.
     """
 
+    bounds: ClassVar[Bounds] = {"lr": None, "beta1": 1.0, "beta2": 1.0, "epsilon": None, "weight_decay": None}
+
     def __init__(
         self,
         params: Any,
@@ -64,25 +63,9 @@ class LAMB(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group."""
-        check_group("LAMB", {**self.defaults, **param_group}, BOUNDS)
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            weights, gradients = dense_gradients("LAMB", group)
-            if weights:
-                torch._foreach_sub_(
-                    weights, torch._foreach_mul(self._directions(group, gradients, weights), group["lr"])
-                )
-        return loss
+    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        updates = torch._foreach_mul(self._directions(group, gradients, weights), group["lr"])
+        torch._foreach_sub_(weights, updates)
 
     def _directions(
         self, group: dict[str, Any], gradients: list[Tensor], weights: list[Tensor]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from preconditioner_client import Grafting, GraftingConfig
 from preconditioner_client.grafting import directions
-from preconditioner_worker.rivals.checks import Bounds, check_group, dense_gradients
+from preconditioner_worker.rivals.checks import Bounds
+from preconditioner_worker.rivals.layerwise import LayerwiseOptimizer
 
-BOUNDS: Bounds = {"lr": None, "momentum": 1.0, "weight_decay": None, "trust_coefficient": None}
 
-
-class LARS(Optimizer):
+class LARS(LayerwiseOptimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg, arXiv 1708.03888, algorithm 1).
 
     For each parameter w with gradient g::
@@ -41,6 +38,8 @@ class LARS(Optimizer):
         ValueError: a setting outside of its range, or (from :meth:`step`) a sparse gradient.
     """
 
+    bounds: ClassVar[Bounds] = {"lr": None, "momentum": 1.0, "weight_decay": None, "trust_coefficient": None}
+
     def __init__(
         self,
         params: Any,
@@ -60,27 +59,11 @@ class LARS(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group."""
-        check_group("LARS", {**self.defaults, **param_group}, BOUNDS)
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            weights, gradients = dense_gradients("LARS", group)
-            if not weights:
-                continue
-            velocities = [self._velocity(w) for w in weights]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, _scaled(group, gradients, weights), alpha=group["lr"])
-            torch._foreach_sub_(weights, velocities)
-        return loss
+    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        velocities = [self._velocity(w) for w in weights]
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, _scaled(group, gradients, weights), alpha=group["lr"])
+        torch._foreach_sub_(weights, velocities)
 
     def _velocity(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
