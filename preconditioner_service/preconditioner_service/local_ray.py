@@ -34,6 +34,9 @@ def private_environment(environ: MutableMapping[str, str]) -> None:
         del environ[name]
     environ["RAY_AUTH_MODE"] = "token"
     environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # No cluster: then all of Ray's ports are bound to the loopback address. The name is of other systems,
+    # where that is the default.
+    environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Or it prints a stack on SIGTERM, which here is no failure.
     environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     # gRPC, which Ray holds too, must not take part in the forks of Ray's processes: they only exec.

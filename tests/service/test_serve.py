@@ -34,6 +34,16 @@ def test_rays_directory_is_closed_to_other_users(service):
     assert directory.stat().st_mode & 0o777 == 0o700
 
 
+def test_no_port_of_a_private_ray_is_open_to_other_machines(service, all_workers):
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in service.family()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
 def test_a_taken_port_is_told_at_once(start):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
