@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,17 +57,34 @@ def wheel(tmp_path_factory):
     return path
 
 
+def require(distribution: metadata.Distribution, seen: dict[str, metadata.Distribution]) -> None:
+    """Add what a distribution requires without extras, and what that requires."""
+    for line in distribution.requires or ():
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name not in seen and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            seen[name] = metadata.distribution(name)
+            require(seen[name], seen)
+
+
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """An empty environment with the wheel and what it asks for, and nothing else."""
+    """An environment with the wheel and what it asks for, as it is installed here, and nothing else."""
     folder = tmp_path_factory.mktemp("environment")
-    assert run(sys.executable, "-m", "venv", folder / "venv", cwd=folder).returncode == 0
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).returncode == 0
     python = folder / "venv" / "bin" / "python"
-    pip = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
-    # torch first and by itself: where a local build satisfies the constraint it is taken.
-    for what in ("torch", wheel):
-        installed = run(*pip, what, cwd=folder)
-        assert installed.returncode == 0, installed.stderr
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index")
+    installed = run(*pip, wheel, cwd=folder)
+    assert installed.returncode == 0, installed.stderr
+    (packages,) = folder.glob("venv/lib/python*/site-packages")
+    needed: dict[str, metadata.Distribution] = {}
+    (info,) = packages.glob("*.dist-info")
+    require(metadata.Distribution.at(info), needed)
+    for distribution in needed.values():
+        for entry in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            # Packages of one namespace are in one folder, which one link makes known.
+            if not (packages / entry).exists():
+                (packages / entry).symlink_to(distribution.locate_file(entry))
     return python
 
 
@@ -112,18 +132,8 @@ def test_without_the_service_the_error_names_what_to_install(environment, tmp_pa
 @pytest.mark.slow
 def test_the_protocol_code_runs_with_the_oldest_protobuf_that_is_allowed(environment, tmp_path):
     old = tmp_path / "old"
-    installed = run(
-        environment,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        old,
-        "protobuf==4.25.9",
-        cwd=tmp_path,
-    )
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", old)
+    installed = run(*pip, "protobuf==4.25.9", cwd=tmp_path)
     assert installed.returncode == 0, installed.stderr
     program = (
         f"import sys; sys.path.insert(0, {str(old)!r})\n"
