@@ -10,7 +10,7 @@ from history_story import good_story
 from preconditioner_protos.history import Kind
 from preconditioner_worker.cli import main
 
-SECONDS = 15
+SECONDS = 6
 
 
 @pytest.mark.slow
