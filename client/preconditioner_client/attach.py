@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from preconditioner_client.gradients import (
 )
 from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
 from preconditioner_client.guard import Guard, is_deferred
+from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
 
@@ -71,7 +73,7 @@ def attach(
         distributed: as for ``Shampoo``.
 
     Returns:
-        The handle: ``metrics()``, ``detach()``, ``state_dict()``.
+        The handle: ``metrics()``, ``detach()``, ``state_dict()``, ``estimate_memory()``.
 
     Raises:
         ValueError: a parameter that cannot be preconditioned, an optimizer that has one attached already, or
@@ -132,6 +134,22 @@ class Attachment:
     def metrics(self) -> dict[str, Any]:
         """As ``Shampoo.metrics``."""
         return self._engine.metrics()
+
+    def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
+        """As ``Shampoo.estimate_memory``; what the optimizer itself keeps comes on top."""
+        settings = {field.name: getattr(self._settings, field.name) for field in fields(self._settings)}
+        own = {
+            **_PLAIN,
+            **settings,
+            "grafting": self._grafting,
+            "beta1": 0.0,
+            "momentum": 0.0,
+            "nesterov": False,
+        }
+        groups = [{**own, "params": group["params"]} for group in self._optimizer.param_groups]
+        return estimate_memory(
+            groups, self._engine.refresher.config, self._engine.distributed, replicas, replica
+        )
 
     def detach(self) -> None:
         """Take the hooks out and end the exchange; the optimizer is as it was before. Idempotent."""

@@ -84,7 +84,9 @@ class MemoryEstimate:
 def estimate_memory(
     groups: Sequence[dict[str, Any]],
     staleness: StalenessConfig,
-    ranks: Ranks,
+    distributed: str | DistributedConfig,
+    replicas: int | None,
+    replica: int,
     credit_bytes: int = ServiceConfig.credit_bytes,
 ) -> MemoryEstimate:
     """The formula, for the parameter groups of a ``Shampoo`` whose parameters all have gradients.
@@ -92,10 +94,16 @@ def estimate_memory(
     Args:
         groups: as in ``param_groups``.
         staleness: of the optimizer.
-        ranks: how the parameters lie over ranks, and which of them is meant.
+        distributed: of the optimizer.
+        replicas: see ``Shampoo.estimate_memory``.
+        replica: see ``Shampoo.estimate_memory``.
         credit_bytes: see :class:`ServiceConfig`.
+
+    Raises:
+        ValueError: see ``Shampoo.estimate_memory``.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
+    ranks = _ranks_as_if(distributed, parameters, replicas, replica)
     loads = Loads()
     plans: list[GroupPlan] = []
     for group in groups:
@@ -123,17 +131,13 @@ def estimate_memory(
     )
 
 
-def ranks_as_if(
+def _ranks_as_if(
     distributed: str | DistributedConfig,
     parameters: Sequence[torch.Tensor],
     replicas: int | None,
     replica: int,
 ) -> Ranks:
-    """How parameters lie over ranks, or would with that many replicas.
-
-    Raises:
-        ValueError: see ``Shampoo.estimate_memory``.
-    """
+    """How parameters lie over ranks, or would with that many replicas."""
     if replicas is None:
         return Ranks.of(distributed, parameters, [""] * len(parameters))
     if not 0 <= replica < replicas:

@@ -26,7 +26,7 @@ from preconditioner_client.config import (
 from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.memory import MemoryEstimate, estimate_memory, ranks_as_if
+from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -124,7 +124,6 @@ class Shampoo(PreconditionedOptimizer):
                 their own mesh.
         """
         engine = cast(Engine, self._engine)
-        ranks = ranks_as_if(
-            engine.distributed, [p for group in self.param_groups for p in group["params"]], replicas, replica
+        return estimate_memory(
+            self.param_groups, engine.refresher.config, engine.distributed, replicas, replica
         )
-        return estimate_memory(self.param_groups, engine.refresher.config, ranks)

@@ -16,6 +16,7 @@ from preconditioner_client import (
     Shampoo,
     StalenessConfig,
     StatisticsConfig,
+    attach,
 )
 
 LINEAR = [(512, 256), (256,), (256, 512), (512,), (300, 256)]
@@ -65,6 +66,26 @@ def test_the_formula_is_a_bound_and_no_loose_one(shapes, settings):
     # What the wire has under way is in no tensor.
     expected = estimate.total - estimate.in_flight
     peak = peak_of_steps(optimizer)
+    print(f"formula / measured {expected / peak:.3f}, {peak=} {dataclasses.asdict(estimate)}")
+    assert peak <= expected <= 1.3 * peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["sgd", "adam", "lamb"])
+def test_the_formula_bounds_what_is_attached_too(method, dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in LINEAR]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    attachment = attach(
+        optimizer,
+        grafting=GraftingConfig(method=method),
+        blocking=BlockingConfig(block_size=128),
+        staleness=StalenessConfig(refresh_every=2, stagger=False),
+        service=Waiting(),
+    )
+    estimate = attachment.estimate_memory()
+    expected = estimate.total - estimate.in_flight
+    peak = peak_of_steps(optimizer, metrics=attachment.metrics)
     print(f"formula / measured {expected / peak:.3f}, {peak=} {dataclasses.asdict(estimate)}")
     assert peak <= expected <= 1.3 * peak
 
