@@ -445,3 +445,16 @@ SCENARIOS = [
     a_process_group_of_some_ranks,
     no_warning,
 ]
+
+ON_FOUR_RANKS = [
+    several_ranks_give_the_bits_of_one,
+    every_block_has_one_owner_and_the_work_is_balanced,
+    overlapped_updates_are_those_of_one_all_gather,
+    memory_of_owners_and_others_is_as_the_formula_has_it,
+    replicas_stay_bit_identical_whatever_arrives_when,
+    an_exchange_that_never_answers_at_one_rank,
+    under_distributed_data_parallel,
+    gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
+    a_process_group_of_some_ranks,
+]
+"""Those in which it matters how many there are."""

@@ -5,15 +5,30 @@ from __future__ import annotations
 import pytest
 
 from distributed_ranks import run_ranks
-from distributed_replicas import SCENARIOS
+from distributed_replicas import ON_FOUR_RANKS, SCENARIOS
+
+MODULE = "distributed_replicas"
+TWO = [scenario.__name__ for scenario in SCENARIOS]
+FOUR = [scenario.__name__ for scenario in ON_FOUR_RANKS]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def outcome(request, tmp_path_factory):
-    return run_ranks("distributed_replicas", request.param, tmp_path_factory.mktemp("replicas"), timeout=140)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_ranks(MODULE, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run_ranks(MODULE, 4, tmp_path_factory.mktemp("four"), *FOUR)
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
-def test_replicas(outcome, scenario):
-    outcome.require(scenario)
+@pytest.mark.parametrize("scenario", TWO)
+def test_two_ranks(two, scenario):
+    two.require(scenario)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("scenario", FOUR)
+def test_four_ranks(four, scenario):
+    four.require(scenario)
