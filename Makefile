@@ -28,8 +28,8 @@ setup: $(VENV)/.installed  ## Make .venv with everything pinned by constraints.t
 demo: setup  ## Train a small Transformer with AdamW and with Shampoo through a real service; draw the picture.
 	$(BIN)/preconditioner-worker demo
 
-# Tests that hold step times or other jobs' turnaround against a bound run by themselves.
-ALONE := tests/end_to_end/test_training_through_faults.py tests/abuse
+# Tests that measure time, and those whose trainers never rest, run by themselves.
+ALONE := tests/end_to_end/test_training_through_faults.py tests/faults tests/abuse
 # One more than there are cores, as half of the time is waiting; in the order of the files, so that none of the
 # long ones comes last.
 PARALLEL := --numprocesses $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4) + 1)") \

@@ -22,6 +22,7 @@ from pydantic_settings import (
 from preconditioner_worker.bench_commands import Bench
 from preconditioner_worker.commands import Compare, Demo, Train, Tune
 from preconditioner_worker.faults.commands import CheckHistory, Soak
+from preconditioner_worker.large_batch.commands import LargeBatch
 from preconditioner_worker.rivals.commands import CurveballToys
 from preconditioner_worker.staleness.commands import Staleness
 
@@ -63,6 +64,7 @@ class Application(BaseSettings):
     soak: CliSubCommand[Soak]
     check_history: CliSubCommand[CheckHistory]
     staleness: CliSubCommand[Staleness]
+    large_batch: CliSubCommand[LargeBatch]
     curveball_toys: CliSubCommand[CurveballToys]
 
     @classmethod

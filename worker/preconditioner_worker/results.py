@@ -222,20 +222,20 @@ def load_same(settings: RunSettings, folder: Path) -> RunResult | None:
     if not path.exists():
         return None
     result = RunResult.load(path)
-    differences = [
-        *_differences(result.settings, settings),
-        *_differences(result.environment, Environment.here()),
+    found = [
+        *differences(result.settings, settings),
+        *differences(result.environment, Environment.here()),
     ]
-    if differences:
+    if found:
         raise ResultError(
-            f"{str(path)!r} was made otherwise ({'; '.join(differences)}), and must not be mixed with new "
+            f"{str(path)!r} was made otherwise ({'; '.join(found)}), and must not be mixed with new "
             f"results: choose another --name, or remove the folder"
         )
     return result
 
 
-def _differences(held: BaseModel, wanted: BaseModel) -> list[str]:
-    """What differs, as text with both values: ``steps 300 is not 500``."""
+def differences(held: BaseModel, wanted: BaseModel) -> list[str]:
+    """What differs between two records, as text with both values: ``steps 300 is not 500``."""
     old, new = (_flat(record.model_dump(mode="json")) for record in (held, wanted))
     return [
         f"{name} {old.get(name)} is not {new.get(name)}"

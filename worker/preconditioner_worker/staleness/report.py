@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from preconditioner_worker.markdown import Cells, table
 from preconditioner_worker.results import write_text
 from preconditioner_worker.staleness.analysis import Analysis, Part, Row, analyse
 from preconditioner_worker.staleness.criteria import STEPS_RATIO
 from preconditioner_worker.staleness.pictures import NAMES, draw_all
 from preconditioner_worker.staleness.real import REAL_FILE, RealComparison
 from preconditioner_worker.staleness.results import Study, check_code, read, write
-
-Cells = Sequence[str]
 
 
 def report(folder: Path, output: Path | None = None) -> tuple[Analysis, Path]:
@@ -66,7 +65,7 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
     for part in analysis.parts:
         lines += _part(part, settings.steps)
     lines += ["## Without Shampoo", ""]
-    lines += _table(
+    lines += table(
         ("optimizer", "seeds", "learning rate", "final loss", "deviation"),
         [
             (NAMES[row.method], str(row.seeds), f"{row.lr:g}", _loss(row.final_loss), _loss(row.deviation))
@@ -110,7 +109,7 @@ def _part(part: Part, steps: int) -> list[str]:
             "",
         ]
     rows = [*part.rows, *part.controls]
-    lines += _table(
+    lines += table(
         ("condition", "N/T", "ages", "seeds", "final loss", "difference", "90% interval", "steps to target",
          "ratio", "drift", "verdict", ""),
         [_cells(row, kind, steps) for row in rows],
@@ -139,15 +138,6 @@ def _cells(row: Row, kind: str, steps: int) -> Cells:
         "" if row.verdict is None else f"**{row.verdict.value}**",
         row.reason,
     )
-
-
-def _table(header: Cells, rows: Sequence[Cells]) -> list[str]:
-    lines = [_line(header), _line(["---"] * len(header))]
-    return [*lines, *(_line(row) for row in rows), ""]
-
-
-def _line(cells: Cells) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _loss(value: float | None) -> str:
