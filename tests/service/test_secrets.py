@@ -221,7 +221,7 @@ def test_no_port_of_rays_serves_who_has_no_token(site):
     )
     denied = 0
     for ip, port in addresses:
-        host = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip
+        host = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         with grpc.insecure_channel(f"{host}:{port}") as channel:
             codes = []
             for method in methods:
