@@ -2,7 +2,8 @@
 
 An empty entry of a repeated field takes two bytes on the wire and about fifty as a parsed message, so that a
 message within its size limit could take twenty times its size. Therefore entries are counted before anything
-is parsed: by counting the bytes that can begin one and, where these are too many, by walking over the fields.
+is parsed, by walking over the fields: some, which is enough for large matrices; all only where the bytes that
+can begin an entry are too many.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _MANIFEST_BLOCKS: Fields = {6: {1: {}}}
 
 _FEW = 1024
 """Entries that are parsed in about a millisecond."""
+
+_SHORT = 64
+"""Entries that are walked over in less time than their bytes are counted."""
 
 _OTHER_FIELDS = 1024
 """Of a message, beside its entries; a walk over millions would hold up the streams."""
@@ -82,7 +86,7 @@ def decode_open_request(data: bytes, max_blocks: int) -> pb.OpenSessionRequest:
 
 def may_hold_many(data: bytes) -> bool:
     """Whether a message of a stream may hold many entries for its size; large matrices look like few."""
-    return _beginnings(data) > _FEW + len(data) // 64
+    return _exceeds(data, _TRAINER_ENTRIES, _SHORT) and _beginnings(data) > _FEW + len(data) // 64
 
 
 def holds_more(data: bytes, fields: Fields, most: int) -> bool:
@@ -93,17 +97,23 @@ def holds_more(data: bytes, fields: Fields, most: int) -> bool:
         fields: where the entries are.
         most: entries that are allowed.
     """
-    if _beginnings(data) <= most:
-        return False
-    try:
-        return _Walk(data, most).exceeds(fields)
-    except _MalformedError:
-        return False
+    return (
+        _exceeds(data, fields, min(most, _SHORT))
+        and _beginnings(data) > most
+        and _exceeds(data, fields, most)
+    )
 
 
 def _beginnings(data: bytes) -> int:
     # A length-delimited field 1 begins with one of them; with the second, if its tag is longer than need be.
     return data.count(b"\x0a") + data.count(b"\x8a")
+
+
+def _exceeds(data: bytes, fields: Fields, most: int) -> bool:
+    try:
+        return _Walk(data, most).exceeds(fields)
+    except _MalformedError:
+        return False
 
 
 class _Walk:
