@@ -29,7 +29,7 @@ demo: setup  ## Train a small Transformer with AdamW and with Shampoo through a 
 	$(BIN)/preconditioner-worker demo
 
 # Tests that measure time, and those whose trainers never rest, run by themselves.
-ALONE := tests/end_to_end/test_training_through_faults.py tests/faults tests/abuse
+ALONE := tests/end_to_end/test_step_times.py tests/faults tests/abuse
 # One more than there are cores, as half of the time is waiting; in the order of the files, so that none of the
 # long ones comes last.
 PARALLEL := --numprocesses $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4) + 1)") \
@@ -52,7 +52,7 @@ lint: setup  ## ruff and mypy --strict.
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy client/examples/*.py
+	$(BIN)/mypy client/examples/*.py tests/client/typed_choices.py
 
 protos: $(PROTOS_VENV)/.installed  ## Generate the protocol code again from its .proto.
 	cd protos && ../$(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
