@@ -6,7 +6,7 @@ PROTOS_VENV := .venv-protos
 SOURCES := protos client preconditioner_service worker tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults abuse fuzz lint protos check-protos clean
+.PHONY: help setup demo test tests-together faults abuse fuzz lint style types protos check-protos clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,9 +35,12 @@ ALONE := tests/end_to_end/test_step_times.py tests/faults tests/abuse
 PARALLEL := --numprocesses $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4) + 1)") \
 	--dist loadfile --no-loadscope-reorder
 
-test: setup lint check-protos  ## Lint, type-check, and run every test.
-	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore %)
+test: setup style check-protos  ## Lint, type-check, and run every test.
+	$(MAKE) --no-print-directory --jobs 2 types tests-together
 	$(BIN)/python -m pytest $(ALONE)
+
+tests-together:
+	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore %)
 
 faults: setup  ## Inject every fault of the catalogue into real processes; print what became of each.
 	$(BIN)/python -m pytest tests/faults --whole-catalogue --faults-json runs/faults.json
@@ -48,9 +51,13 @@ abuse: setup  ## Attack a real service in every way of the catalogue; print memo
 fuzz: setup  ## Fuzz the message handlers with COUNT (100000) scripts of calls.
 	PYTHONPATH=tests/helpers $(BIN)/python tests/abuse/fuzz.py --count $(or $(COUNT),100000)
 
-lint: setup  ## ruff and mypy --strict.
+lint: style types  ## ruff and mypy --strict.
+
+style: setup
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+types: setup
 	$(BIN)/mypy
 	$(BIN)/mypy client/examples/*.py tests/client/typed_choices.py
 
