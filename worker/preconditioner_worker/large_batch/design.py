@@ -3,10 +3,14 @@
 A cell is an optimizer at a batch size. All cells see the same number of images, each makes the same number
 of runs, and the schedule is the same by fractions of a run.
 
-Learning rates grow from a batch of 64 on, with the batch size for SGD and LARS (arXiv 1706.02677,
-1708.03888) and with its square root for the others: so LAMB (arXiv 1904.00962), whose direction is Adam's;
-K-FAC's published rates (arXiv 1811.12019) grow from batches of 4K to 128K by the power 0.62; and Shampoo's
-steps have Adam's length. Every cell tries three rates, a factor of three apart, around what its rule says.
+Learning rates grow from a batch of 64 on: with the batch size for SGD (arXiv 1706.02677); with its square
+root for LAMB (arXiv 1904.00962), for Adam, whose direction LAMB has, for Shampoo, whose steps have Adam's
+length, and for K-FAC, whose published rates (arXiv 1811.12019) grow from batches of 4K to 128K by the power
+0.62. For LARS they do not grow: its steps have the length of the weights whatever the batch, and probes
+with the tuning seed were best near one rate at 64 and at 4096 (the linear rule of arXiv 1708.03888 makes it
+diverge here, for its biases are stepped without trust ratio). Every cell tries three rates, a factor of
+three apart, around what its rule says; the base rates are by the tunings on digits that are not shifted,
+and by those probes.
 
 Roots of K-FAC and Shampoo are computed in process and held back exactly one refresh interval of N steps, so
 that ages run from N to 2N - 1, as published. N is an eighth of an epoch, at least one step and at most ten:
@@ -49,11 +53,11 @@ class RateRule(NamedTuple):
 
 RATES: Mapping[OptimizerName, RateRule] = {
     "sgd": RateRule(0.03, 1.0),
-    "lars": RateRule(10.0, 1.0),
+    "lars": RateRule(8.0, 0.0),
     "lamb": RateRule(0.02, 0.5),
-    "adam": RateRule(0.006, 0.5),
+    "adam": RateRule(0.008, 0.5),
     "kfac": RateRule(0.01, 0.5),
-    "shampoo": RateRule(0.006, 0.5),
+    "shampoo": RateRule(0.008, 0.5),
 }
 
 

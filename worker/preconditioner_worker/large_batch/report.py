@@ -82,9 +82,7 @@ def markdown(analysis: Analysis) -> str:
 
 def _method(analysis: Analysis) -> list[str]:
     study = analysis.study
-    rules = ", ".join(
-        f"{name} {base:g} ({'linear' if power == 1 else 'root'})" for name, (base, power) in RATES.items()
-    )
+    rules = ", ".join(f"{name} {base:g} (power {power:g})" for name, (base, power) in RATES.items())
     factors = ", ".join(f"{factor:.2g}" for factor in FACTORS)
     intervals = ", ".join(f"{interval(size)} at {size}" for size in BATCH_SIZES)
     return [
@@ -99,8 +97,8 @@ def _method(analysis: Analysis) -> list[str]:
         "averages.",
         "",
         f"Every optimizer tries {len(FACTORS)} learning rates at every batch size, with the seed "
-        f"{study.tuning_seed}: {factors} times a base rate that grows with the batch size or its square "
-        f"root; at {REFERENCE_BATCH} it is {rules}. The rate with the lowest final held-out loss is run "
+        f"{study.tuning_seed}: {factors} times a base rate that grows with a power of the batch size, and at "
+        f"{REFERENCE_BATCH} is {rules}. The rate with the lowest final held-out loss is run "
         "again with other seeds, and what follows is of those: mean ± standard deviation. A run has "
         f"diverged if a loss is not finite or the last is above {GUESSING:.3f}, that of guessing.",
         "",
