@@ -67,6 +67,18 @@ def test_an_epoch_is_a_permutation_without_its_incomplete_end(workload: ShiftedD
         ShiftedDigitsWorkload(batch_size=12_934)
 
 
+def test_an_evaluation_measures_weights_whatever_the_running_averages(
+    workload: ShiftedDigitsWorkload,
+) -> None:
+    model = workload.build_model(0)
+    before = workload.evaluate(model)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.fill_(5.0)
+    assert workload.evaluate(model) == before
+    assert all(norm.running_mean.eq(5.0).all() and norm.momentum == 0.1 for norm in norms)
+
+
 def test_rates_follow_their_rules_and_preconditioners_are_late_by_an_interval() -> None:
     assert grid("sgd", 64) == (0.01, 0.03, 0.09)
     assert grid("sgd", 4096)[1] == pytest.approx(64 * 0.03)

@@ -93,8 +93,8 @@ def _method(analysis: Analysis) -> list[str]:
         f"one pixel in either direction), {TRAINING_IMAGES} in all; 360 held-out images, not shifted. A "
         f"convolutional network with BatchNorm ({study.channels} channels in its first layer), the same "
         f"number of epochs in every run ({study.epochs}), warm-up over {study.schedule.warmup:.0%} of the "
-        "steps, then a cosine. Held-out loss is in nats per image; BatchNorm evaluates with its running "
-        "averages.",
+        "steps, then a cosine. Held-out loss is in nats per image; for an evaluation each BatchNorm is given "
+        "mean and variance over every fourth training image, as running averages lag behind in short runs.",
         "",
         f"Every optimizer tries {len(FACTORS)} learning rates at every batch size, with the seed "
         f"{study.tuning_seed}: {factors} times a base rate that grows with a power of the batch size, and at "
