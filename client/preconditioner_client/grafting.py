@@ -110,7 +110,7 @@ def directions(
 def graft(
     config: GraftingConfig, blocks: torch.Tensor, diagonal: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Preconditioned blocks with the length of the directions that they replace.
+    """Preconditioned blocks with the length of the directions that they replace; what is zero stays zero.
 
     Args:
         config: the method; ``none`` leaves the length.
@@ -123,7 +123,8 @@ def graft(
     if config.method is not Grafting.NONE:
         lengths = torch.linalg.vector_norm(diagonal.flatten(1), dim=1)
         own = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
-        scale = lengths / own.clamp_min(torch.finfo(torch.float32).tiny)
+        # Zero after a pseudo-inverse of statistics that have seen nothing: no length makes a direction of it.
+        scale = torch.nan_to_num(lengths / own, nan=0.0, posinf=0.0)
         blocks = blocks * scale.view(shape)
     return blocks if weights is None else torch.lerp(diagonal, blocks, weights.view(shape))
 

@@ -16,8 +16,9 @@ def inverse_root(matrix: torch.Tensor, root_order: float, ridge: Ridge) -> torch
         ridge: how the spectrum is conditioned.
 
     Returns:
-        Exactly symmetric float32 tensor of shape (n, n) on the same device. A zero matrix under a ridge
-        relative to its spectrum gives the identity: there is nothing to tell directions apart by.
+        Exactly symmetric float32 tensor of shape (n, n) on the same device. To a ridge relative to its
+        spectrum a zero matrix has the scale 1, so that its root is a multiple of the identity; its
+        pseudo-inverse is zero.
 
     Raises:
         ValueError: the matrix is not finite, or has an eigenvalue below zero by more than rounding.
@@ -27,8 +28,6 @@ def inverse_root(matrix: torch.Tensor, root_order: float, ridge: Ridge) -> torch
     if not bool(torch.isfinite(a).all()):
         raise ValueError("the statistics hold NaN or infinity")
     scale = float(a.abs().max())
-    if scale == 0.0 and ridge.kind is not RidgeKind.ABSOLUTE:
-        return torch.eye(n, dtype=torch.float32, device=matrix.device)
     values, vectors = torch.linalg.eigh(a)
     largest = float(values[-1])
     # float32 statistics carry rounding of about n eps32 of their largest eigenvalue.
@@ -40,9 +39,9 @@ def inverse_root(matrix: torch.Tensor, root_order: float, ridge: Ridge) -> torch
         powers = torch.where(kept, values, 1.0).pow(-0.5 / root_order) * kept
     else:
         shift = {
-            RidgeKind.RELATIVE: ridge.value * largest,
+            RidgeKind.RELATIVE: ridge.value * (largest or 1.0),
             RidgeKind.ABSOLUTE: ridge.value,
-            RidgeKind.TRACE: ridge.value * float(values.mean()),
+            RidgeKind.TRACE: ridge.value * (float(values.mean()) or 1.0),
         }[ridge.kind]
         values = values + shift
         if float(values[0]) <= 0.0:

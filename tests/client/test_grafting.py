@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo
+from preconditioner_client import (
+    BlockingConfig,
+    GraftingConfig,
+    LocalExchange,
+    Ridge,
+    RootConfig,
+    Shampoo,
+    StalenessConfig,
+)
 
 OFF = BlockingConfig(max_side=1)
 SHAPES = [(5, 3), (7,), (4, 3, 2, 2)]
@@ -119,6 +127,24 @@ def test_layer_wise_methods_take_their_published_step(method):
     parameter.grad = g.clone()
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), w - lr * step, rtol=1e-12, atol=0)
+
+
+def test_a_pseudo_inverse_of_nothing_makes_no_step_and_no_nan():
+    """Statistics of gradients that were all zero, as of rare tokens, and then the first real one."""
+    weight = torch.nn.Parameter(torch.ones(40, 30))
+    optimizer = Shampoo(
+        [weight],
+        root=RootConfig(ridge=Ridge(kind="pseudo_inverse", value=1e-6)),
+        staleness=StalenessConfig(refresh_every=1, max_staleness=5),
+        service=LocalExchange(delay=2),
+    )
+    for step in range(6):
+        weight.grad = torch.full_like(weight, float(step >= 4))
+        optimizer.step()
+        assert optimizer.metrics()["versions_adopted"] == max(0, step - 1)
+        if step == 4:
+            torch.testing.assert_close(weight.detach(), torch.ones(40, 30), rtol=0, atol=0)
+    assert bool(weight.isfinite().all())
 
 
 def test_a_layer_wise_ratio_is_one_where_a_norm_is_zero():
