@@ -14,7 +14,7 @@ from preconditioner_client.config import Adoption, StalenessConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Snapshot
 from preconditioner_client.plan import PlannedRow
-from preconditioner_client.refresh import NEVER
+from preconditioner_client.schedule import NEVER
 
 
 def block_state(
@@ -82,7 +82,7 @@ def restore_block(
         for place, step in enumerate(state["in_flight.steps"].tolist()):
             if step != NEVER:
                 packed = tuple(side[place].clone() for side in sides)
-                engine.refresher.scheduled[held.block, step] = Snapshot(held.block, step, packed)
+                engine.refresher.schedule.add(Snapshot(held.block, step, packed))
     return (
         int(state.get("version", NEVER)),
         int(state.get("first_adopted", NEVER)),
@@ -91,15 +91,12 @@ def restore_block(
 
 
 def _in_flight(engine: Engine, held: PlannedRow) -> dict[str, torch.Tensor]:
-    """The newest snapshots of a block that a schedule waits for; older ones are overdue by an interval."""
+    """The snapshots of a block that a schedule waits for."""
     refresher, stack = engine.refresher, held.entry.stack
     places = refresher.config.snapshots_in_flight
     steps = torch.full((places,), NEVER, dtype=torch.int64)
     packed = [torch.zeros(places, n * (n + 1) // 2) for n in stack.sides]
-    newest = refresher.last_snapshot(held.block)
-    span = range(newest - places * refresher.config.interval + 1, newest + 1)
-    found = [refresher.scheduled[held.block, s] for s in span if (held.block, s) in refresher.scheduled]
-    for place, snapshot in enumerate(found[-places:]):
+    for place, snapshot in enumerate(refresher.schedule.under_way(held.block)):
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
         steps[place] = snapshot.step

@@ -49,7 +49,7 @@ from preconditioner_client.block_state import block_state, restore_block
 from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.plan import GroupPlan
-from preconditioner_client.refresh import NEVER
+from preconditioner_client.schedule import NEVER
 from preconditioner_client.update_rule import blank_state
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def restore_blocks(
     """
     refresher = engine.refresher
     versions, first, last = (np.full(refresher.versions.size, NEVER, dtype=np.int64) for _ in range(3))
-    refresher.scheduled.clear()
+    refresher.schedule.clear()
     afresh = 0
     recut = shards is not None and shards != engine.ranks.shards
     for plan, states in zip(engine.plans, stored, strict=True):

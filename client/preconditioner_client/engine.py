@@ -23,7 +23,8 @@ from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.held_blocks import HeldBlocks
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
-from preconditioner_client.refresh import Mask, Refresher
+from preconditioner_client.refresh import Refresher
+from preconditioner_client.schedule import Mask
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.sharing import SharedUpdates
 from preconditioner_client.transfer import UploadingExchange, upload

@@ -1,8 +1,8 @@
 """Freshness of every block: which snapshot is due, which version is in use, what happens beyond the bound.
 
-One :class:`Refresher` serves one optimizer. It holds no tensors but the snapshots and arrivals that a
-schedule keeps under way; the optimizer supplies snapshots and takes versions into use through callbacks.
-Everything is per block and vectorised over blocks, so that a step costs the same for ten or ten thousand.
+One :class:`Refresher` serves one optimizer. It holds no tensors but those of its :class:`Schedule`; the
+optimizer supplies snapshots and takes versions into use through callbacks. Everything is per block and
+vectorised over blocks, so that a step costs the same for ten or ten thousand.
 """
 
 from __future__ import annotations
@@ -14,19 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from preconditioner_client.config import Adoption, StalenessConfig, StalePolicy
 from preconditioner_client.exchange import Arrival, Exchange, Rejection, Snapshot
 from preconditioner_client.recording import TrainerHistory
+from preconditioner_client.schedule import NEVER, Mask, Schedule, Steps
 
 logger = logging.getLogger("preconditioner_client")
-
-NEVER = -1
-"""In place of a step: no version, no snapshot under way."""
-
-Steps = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _KEPT_AGES = 4096
 
@@ -50,6 +44,8 @@ class Refresher:
     ) -> None:
         self.config = staleness
         self.history: TrainerHistory | None = None
+        # Empty but for scheduled adoption.
+        self.schedule = Schedule(staleness.delay or 0, staleness.snapshots_in_flight)
         self._take = take
         self._adopt = adopt
         self.versions: Steps = np.empty(0, dtype=np.int64)
@@ -65,9 +61,6 @@ class Refresher:
         self._generation = 0
         self._breaker_open = False
         self._warned: set[str] = set()
-        # Only filled by scheduled adoption: (block, step) -> what is under way, or has arrived early.
-        self.scheduled: dict[tuple[int, int], Snapshot] = {}
-        self._early: dict[tuple[int, int], Arrival] = {}
         self.ages: deque[int] = deque(maxlen=_KEPT_AGES)
         self.counters = dict.fromkeys(
             (
@@ -103,6 +96,7 @@ class Refresher:
         self.versions = np.concatenate([self.versions, never])
         self.intervals = np.concatenate([self.intervals, np.full(count, self.config.interval)])
         self._outstanding = np.concatenate([self._outstanding, never])
+        self.schedule.extend(count)
         self.first_adopted = np.concatenate([self.first_adopted, never])
         self._last_snapshot = np.concatenate([self._last_snapshot, begin])
         self._refused = np.concatenate([self._refused, np.zeros(count, dtype=np.bool_)])
@@ -184,9 +178,9 @@ class Refresher:
         self._last_snapshot[:] = last_snapshots
         self._outstanding[:] = NEVER
         self._refused[:] = False
-        self._early.clear()
-        for block, step in self.scheduled:
-            self._outstanding[block] = max(self._outstanding[block], step)
+        self.schedule.forget_arrivals()
+        for block, step in self.schedule.newest().items():
+            self._outstanding[block] = step
 
     def last_snapshot(self, block: int) -> int:
         """Step of the newest snapshot of a block; before the first, where its schedule begins."""
@@ -203,7 +197,8 @@ class Refresher:
         if self.history is not None:
             self.history.taken(snapshots)
         if self.config.adoption is Adoption.SCHEDULED:
-            self.scheduled.update({(s.block, s.step): s for s in snapshots})
+            for snapshot in snapshots:
+                self.schedule.add(snapshot)
         exchange.offer(snapshots, step)
 
     def _reoffer(self, exchange: Exchange, step: int) -> None:
@@ -213,7 +208,7 @@ class Refresher:
         """
         self._generation = exchange.generation
         if self.config.adoption is Adoption.SCHEDULED:
-            missing = [s for key, s in sorted(self.scheduled.items()) if key not in self._early]
+            missing = self.schedule.missing()
             if missing:
                 exchange.offer(missing, step)
             return
@@ -227,14 +222,16 @@ class Refresher:
             elif event.step <= self.versions[event.block] or event.step > step:
                 self.counters["outdated"] += 1
             elif self.config.adoption is Adoption.SCHEDULED:
-                self._early[(event.block, event.step)] = event
+                self.schedule.arrived(event)
             else:
                 previous = adopted.get(event.block)
                 if previous is not None and previous.step >= event.step:
                     self.counters["outdated"] += 1
                     continue
                 adopted[event.block] = event
-        for arrival in self._due_now(step):
+        due, overdue = self.schedule.due(step)
+        self.counters["late_adoptions"] += overdue
+        for arrival in due:
             adopted[arrival.block] = arrival
         if not adopted:
             return
@@ -257,25 +254,11 @@ class Refresher:
                 self.history.breaker(step, opened=False)
             logger.warning("step %d: preconditioners arrive again; steps may wait for them again", step)
 
-    def _due_now(self, step: int) -> list[Arrival]:
-        """Scheduled arrivals whose step of adoption has come, oldest first; later ones replace earlier."""
-        due = []
-        for key in sorted(self._early, key=lambda key: key[1]):
-            adoption_step = key[1] + (self.config.delay or 0)
-            if adoption_step > step:
-                continue
-            due.append(self._early.pop(key))
-            self.counters["late_adoptions"] += adoption_step < step
-            # An older snapshot of the block is of no use any more.
-            for other in [o for o in self.scheduled if o[0] == key[0] and o[1] <= key[1]]:
-                del self.scheduled[other]
-        return due
-
     def _reject(self, event: Rejection) -> None:
         self.counters["refused"] += 1
         block = event.block
         self._refused[block] = True
-        self.scheduled.pop((block, event.step), None)
+        self.schedule.drop(block, [event.step])
         if self._outstanding[block] <= event.step:
             self._outstanding[block] = NEVER
         self._warn(event.reason, f"no preconditioner for block {block}: {event.reason}: {event.detail}")
@@ -284,10 +267,7 @@ class Refresher:
         """Blocks that a step under ``wait`` waits for."""
         late: Mask = (self.versions != NEVER) & (step - self.versions > self.config.max_staleness)
         late &= ~self._refused
-        if self.config.adoption is Adoption.SCHEDULED:
-            for block, snapshot_step in self.scheduled:
-                if snapshot_step + (self.config.delay or 0) <= step:
-                    late[block] = True
+        late |= self.schedule.overdue(step)
         return late
 
     def _wait(self, exchange: Exchange, step: int, late: Mask) -> None:

@@ -21,7 +21,7 @@ from preconditioner_client.grafting import (
 )
 from preconditioner_client.guard import Guard
 from preconditioner_client.plan import GroupPlan
-from preconditioner_client.refresh import Mask
+from preconditioner_client.schedule import Mask
 
 Tensors = list[torch.Tensor]
 MaybeTensors = list[torch.Tensor | None]

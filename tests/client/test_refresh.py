@@ -242,6 +242,18 @@ class TestScheduled:
         assert [run.step() for _ in range(7)] == pytest.approx([1, 4, 4, 4, 4, 9, 9])
         assert run.exchange.session.snapshots_in_flight == 3
 
+    def test_a_service_that_is_gone_costs_no_more_memory_with_every_snapshot(self):
+        run = self.run(policy="graft")
+        run.step(100)
+        refresher = run.optimizer._engine.refresher
+        assert [snapshot.step for snapshot in refresher.schedule.under_way(0)] == [92, 96, 100]
+        run.exchange.generation += 1
+        run.step()
+        assert run.exchange.steps_offered()[-3:] == [92, 96, 100]
+        # One that is not waited for any more is adopted all the same.
+        run.exchange.answer(0, 88, scale=2.0)
+        assert run.step() == pytest.approx(4.0)
+
     def test_waits_only_at_the_step_where_it_is_due(self):
         def deliver(exchange, timeout):
             exchange.answer(0, 4, scale=2.0)

@@ -31,7 +31,7 @@ from preconditioner_client.kfac.layers import MatrixLayer
 from preconditioner_client.kfac.recording import Recorder
 from preconditioner_client.kfac.reduction import FactorReduction, Key, Weighted
 from preconditioner_client.plan import GroupPlan, GroupSettings
-from preconditioner_client.refresh import Mask
+from preconditioner_client.schedule import Mask
 from preconditioner_client.service_config import ServiceConfig
 
 Direction = Callable[[torch.Tensor, Sequence[torch.Tensor], float], tuple[torch.Tensor, torch.Tensor]]
