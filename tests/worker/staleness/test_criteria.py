@@ -68,6 +68,7 @@ def test_the_ratio_of_steps() -> None:
     assert steps_ratio([math.inf, math.inf, 100.0], STEPS) == math.inf
     assert steps_ratio([100.0, 100.0, 100.0], [math.inf, math.inf, 100.0]) is None
     assert steps_ratio([100.0, 50.0, 100.0], [math.inf, 100.0, 100.0]) == 0.75
+    assert steps_ratio([0.0, 0.0], [0.0, 0.0]) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_the_ratio_of_steps() -> None:
         ([0.0, 0.0, 0.01], [106.0] * 3, Verdict.FAILS, "6.0% more steps"),
         ([0.0, 0.0, 0.001], [math.inf] * 3, Verdict.FAILS, "not reached"),
         ([-0.03, -0.031, -0.032], STEPS, Verdict.INCONCLUSIVE, "lower"),
-        ([0.03, -0.03, 0.0], STEPS, Verdict.INCONCLUSIVE, "wider"),
+        ([0.03, -0.03, 0.0], STEPS, Verdict.INCONCLUSIVE, "not within the margin (if"),
         ([math.inf, 0.0, 0.0], STEPS, Verdict.FAILS, "1 of 3 runs diverged"),
     ],
 )
@@ -87,6 +88,13 @@ def test_verdicts(differences: list[float], steps: list[float], verdict: Verdict
     found = judge(losses, REFERENCE, steps, STEPS, 0.02)
     assert found.verdict is verdict
     assert reason in found.reason
+
+
+def test_seeds_are_asked_for_only_where_more_of_them_could_help() -> None:
+    # Narrower than the margin, and beside it: three seeds suffice for an interval of that width.
+    losses = [a - b for a, b in zip(REFERENCE, [0.03, 0.019, 0.02], strict=True)]
+    found = judge(losses, REFERENCE, STEPS, STEPS, 0.02)
+    assert (found.verdict, found.reason) == (Verdict.INCONCLUSIVE, "the interval is not within the margin")
 
 
 def test_a_reference_that_misses_the_target_leaves_it_open() -> None:

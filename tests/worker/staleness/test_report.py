@@ -9,6 +9,7 @@ import pytest
 
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness import Study, StudyRun, Verdict, analyse, report
+from preconditioner_worker.staleness.report import headline, markdown
 
 COMMITTED = Path(__file__).parents[3] / "worker" / "results" / "staleness"
 
@@ -27,6 +28,7 @@ def test_verdicts_of_a_valid_study(study_runs: list[StudyRun]) -> None:
         ("frozen", "random", "late"), Verdict.FAILS
     )
     assert [(row.youngest, row.oldest) for row in part.rows] == [(1, 1), (10, 19), (20, 39)]
+    assert [row.pairs for row in (*part.rows, *part.controls)] == [None, 3, 3, 3, 3, 3]
     assert {row.method for row in analysis.optimizers} == {"diagonal", "adamw", "adagrad"}
     assert "2 of 5 seeds" in analysis.missing
     assert "the arm P(N)" in analysis.missing
@@ -41,6 +43,66 @@ def test_a_task_whose_negative_control_passes_is_void(study_runs: list[StudyRun]
     (part,) = analyse(runs).parts
     assert part.void == ("the negative control 'frozen' does not fail: its verdict is holds",)
     assert part.largest_that_holds is None
+
+
+def test_the_sequence_ends_at_the_first_n_that_does_not_hold(study_runs: list[StudyRun]) -> None:
+    swapped = {10: 20, 20: 10}
+    runs = [
+        run.model_copy(update={"spec": run.spec.model_copy(update={"n": swapped[run.spec.n]})})
+        if run.spec.method == "A" and run.spec.n in swapped
+        else run
+        for run in study_runs
+    ]
+    (part,) = analyse(runs).parts
+    assert [row.verdict for row in part.rows] == [None, Verdict.FAILS, Verdict.HOLDS]
+    assert part.largest_that_holds is None
+    assert headline(part).endswith("no N > 1 is shown to hold; N = 10, the first in the sequence: fails")
+
+
+def test_a_condition_that_lacks_a_seed_is_named(study_runs: list[StudyRun]) -> None:
+    runs = [run for run in study_runs if run.spec.key != "late-20-sum-grafted-seed2"]
+    analysis = analyse(runs)
+    assert "the seed 2 of late-20-sum-grafted" in analysis.missing
+    (part,) = analysis.parts
+    late = next(row for row in part.controls if row.method == "late")
+    assert (late.seeds, late.pairs) == (2, 2)
+
+
+def test_a_late_beginning_is_laid_beside_a_delay_on_common_seeds(study_runs: list[StudyRun]) -> None:
+    runs = [run for run in study_runs if run.spec.key != "late-20-sum-grafted-seed2"]
+    (late,) = analyse(runs).parts[0].late_starts
+    assert (late.n, late.seeds, late.verdict, late.late_verdict) == (
+        20, (0, 1), Verdict.FAILS, Verdict.FAILS
+    )  # fmt: skip
+    assert "is no evidence against stale preconditioners" in late.describe()
+    # Where the late beginning costs nothing, the delay has to answer for the loss.
+    fresh = {run.spec.seed: run.held_out_loss for run in study_runs if run.spec.condition.startswith("A-1-")}
+    (late,) = (
+        analyse(
+            [
+                run.model_copy(update={"held_out_loss": fresh[run.spec.seed]})
+                if run.spec.method == "late"
+                else run
+                for run in runs
+            ]
+        )
+        .parts[0]
+        .late_starts
+    )
+    assert "no evidence" not in late.describe()
+
+
+def test_a_diagonal_that_diverges_with_every_seed_voids_the_task(
+    study_runs: list[StudyRun],
+) -> None:
+    diverged = {"diverged": True, "held_out_loss": [3.0, float("nan")]}
+    analysis = analyse(
+        [run.model_copy(update=diverged) if run.spec.method == "diagonal" else run for run in study_runs]
+    )
+    (part,) = analysis.parts
+    assert "not clearly above zero" in part.void[0]
+    assert "the task is void" in markdown(analysis, [], None)
+    assert all(row.steps_to_target is None and row.steps_ratio is None for row in part.rows)
 
 
 def test_an_arm_without_n_1_is_refused(study_runs: list[StudyRun]) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from statistics import fmean, median, stdev
 
 from preconditioner_worker.results import ResultError
-from preconditioner_worker.staleness.arms import PUBLISHED_N, ArmKind
+from preconditioner_worker.staleness.arms import ArmKind
+from preconditioner_worker.staleness.completeness import missing
 from preconditioner_worker.staleness.criteria import Judgement, Verdict, interval, judge, margin, validity
 from preconditioner_worker.staleness.fingerprint import Fingerprint
 from preconditioner_worker.staleness.results import StudyRun
-from preconditioner_worker.staleness.specs import CONTROLS, Method, Record, Statistics
+from preconditioner_worker.staleness.specs import Method, Record, Statistics
 
-FULL_SEEDS = 5
 NEGATIVE: tuple[Method, ...] = ("frozen", "random")
 
 Seeds = dict[int, StudyRun]
@@ -28,6 +29,7 @@ class Row(Record):
         method: an arm, a control or another optimizer.
         n: N or D in steps, where the method has one.
         seeds: how many runs.
+        pairs: how many of them are paired with N = 1, which the comparison rests on; None without one.
         diverged: how many of them diverged.
         lr: peak learning rate.
         final_loss: mean over the seeds; infinite if one diverged.
@@ -53,6 +55,7 @@ class Row(Record):
     lr: float
     final_loss: float
     deviation: float | None
+    pairs: int | None = None
     difference: float | None = None
     low: float | None = None
     high: float | None = None
@@ -64,6 +67,40 @@ class Row(Record):
     drift: float | None = None
     verdict: Verdict | None = None
     reason: str = ""
+
+
+class LateStart(Record):
+    """A(N) beside fresh preconditioners that begin at the same step, on the seeds that both have.
+
+    Attributes:
+        n: N.
+        seeds: that both have.
+        verdict: of A(N) on these seeds.
+        reason: of that verdict.
+        late_verdict: of the fresh ones.
+        late_reason: of that verdict.
+    """
+
+    n: int
+    seeds: tuple[int, ...]
+    verdict: Verdict
+    reason: str
+    late_verdict: Verdict
+    late_reason: str
+
+    def describe(self) -> str:
+        """In words, with what follows from it."""
+        text = (
+            f"On the seeds that both have ({', '.join(map(str, self.seeds))}), A({self.n}): "
+            f"{self.verdict.value} ({self.reason}); fresh preconditioners that begin at the same step, "
+            f"{2 * self.n}: {self.late_verdict.value} ({self.late_reason})."
+        )
+        if self.verdict is self.late_verdict is Verdict.FAILS:
+            text += (
+                f" The late beginning alone is enough to fail: that A({self.n}) does is no evidence against "
+                "stale preconditioners."
+            )
+        return text
 
 
 class Part(Record):
@@ -80,6 +117,7 @@ class Part(Record):
         void: why the task says nothing here; empty if it is valid.
         rows: of the arm, by N.
         controls: the negative controls and the late start, put to the same test.
+        late_starts: what A(N) owes to its late beginning, for every N that has such a control.
     """
 
     kind: ArmKind
@@ -92,12 +130,18 @@ class Part(Record):
     void: tuple[str, ...]
     rows: tuple[Row, ...]
     controls: tuple[Row, ...]
+    late_starts: tuple[LateStart, ...] = ()
+
+    @property
+    def tested(self) -> tuple[Row, ...]:
+        """The rows of the arm but N = 1, by N."""
+        return tuple(row for row in self.rows if row.n != 1)
 
     @property
     def largest_that_holds(self) -> int | None:
-        """The largest N with a verdict of 'holds'; None if there is none, or the task is void."""
-        holding = [row.n for row in self.rows if row.verdict is Verdict.HOLDS and row.n is not None]
-        return max(holding, default=None) if not self.void else None
+        """The last N that holds before the first that does not; None without one, or if the task is void."""
+        holding = list(takewhile(lambda row: row.verdict is Verdict.HOLDS, self.tested))
+        return holding[-1].n if holding and not self.void else None
 
 
 class Analysis(Record):
@@ -160,34 +204,6 @@ def analyse(runs: Sequence[StudyRun]) -> Analysis:
     )
 
 
-def missing(runs: Iterable[StudyRun]) -> list[str]:
-    """What the full study has and ``runs`` have not, in words."""
-    specs = [run.spec for run in runs]
-    found = []
-    for kind in ArmKind:
-        of_kind = [spec for spec in specs if spec.method == kind.value]
-        if not of_kind:
-            found.append(f"the arm {kind.value}(N)")
-            continue
-        absent = [str(n) for n in PUBLISHED_N if n not in {spec.n for spec in of_kind}]
-        if absent:
-            found.append(f"{kind.value}(N) with N = {', '.join(absent)}")
-    shampoo = [spec for spec in specs if spec.arm is not None]
-    for statistics in ("sum", "ema"):
-        if not any(spec.statistics == statistics for spec in shampoo):
-            found.append(f"statistics as {'a sum' if statistics == 'sum' else 'an EMA'}")
-    for grafting in (True, False):
-        if not any(spec.grafting is grafting for spec in shampoo):
-            found.append(f"Shampoo {'with' if grafting else 'without'} grafting")
-    for method in CONTROLS:
-        if not any(spec.method == method for spec in specs):
-            found.append(f"the control {method!r}")
-    seeds = len({spec.seed for spec in specs})
-    if seeds < FULL_SEEDS:
-        found.append(f"{FULL_SEEDS - seeds} of {FULL_SEEDS} seeds")
-    return found
-
-
 def _any(seeds: Seeds) -> StudyRun:
     return next(iter(seeds.values()))
 
@@ -230,6 +246,41 @@ def _part(
         void=tuple(validity(gaps, verdicts)),
         rows=tuple(rows),
         controls=tuple(controls),
+        late_starts=tuple(
+            found
+            for seeds in groups
+            if (spec := _any(seeds).spec).method == "late"
+            and (spec.statistics, spec.grafting) == (statistics, grafting)
+            and (found := _late_start(kind, seeds, members, diagonal, reference, half_width)) is not None
+        ),
+    )
+
+
+def _late_start(
+    kind: ArmKind,
+    late: Seeds,
+    members: Sequence[Seeds],
+    diagonal: Seeds,
+    reference: Seeds,
+    half_width: float,
+) -> LateStart | None:
+    n = _any(late).spec.n
+    own = next((seeds for seeds in members if _any(seeds).spec.n == n), {})
+    # The control begins where A(N) does; the other arms begin earlier.
+    if kind is not ArmKind.PUBLISHED or n is None:
+        return None
+    shared = sorted(own.keys() & late.keys() & reference.keys() & diagonal.keys())
+    judged = _judged({seed: own[seed] for seed in shared}, diagonal, reference, half_width)
+    judged_late = _judged({seed: late[seed] for seed in shared}, diagonal, reference, half_width)
+    if judged is None or judged_late is None:
+        return None
+    return LateStart(
+        n=n,
+        seeds=tuple(shared),
+        verdict=judged.verdict,
+        reason=judged.reason,
+        late_verdict=judged_late.verdict,
+        late_reason=judged_late.reason,
     )
 
 
@@ -244,7 +295,9 @@ def _row(seeds: Seeds, diagonal: Seeds, *, reference: Seeds | None = None, half_
         None if reference is None or seeds is reference else _judged(seeds, diagonal, reference, half_width)
     )
     to_target = [
-        run.steps_to(diagonal[run.spec.seed].final_loss) for run in runs if run.spec.seed in diagonal
+        run.steps_to(target.final_loss)
+        for run in runs
+        if (target := diagonal.get(run.spec.seed)) is not None and not target.diverged
     ]
     return Row(
         condition=first.spec.condition,
@@ -255,6 +308,7 @@ def _row(seeds: Seeds, diagonal: Seeds, *, reference: Seeds | None = None, half_
         lr=first.lr,
         final_loss=fmean(losses) if finite else math.inf,
         deviation=stdev(losses) if finite and len(runs) > 1 else None,
+        pairs=None if judgement is None else judgement.seeds,
         difference=None if judgement is None else judgement.difference.mean,
         low=None if judgement is None else judgement.difference.low,
         high=None if judgement is None else judgement.difference.high,

@@ -10,7 +10,13 @@ A delay **holds** if all of this is so, seed by seed against N = 1 of the same a
 3. no run diverged.
 
 It **fails** if a run diverged, if the interval lies wholly above the margin, or if the ratio of steps is
-above 1.05. Everything else is **inconclusive**. The task itself is **valid** if the gap is clear (the 90%
+above 1.05. Everything else is **inconclusive**.
+
+The **largest N that holds** is found by going up through the N that were run and stopping at the first that
+does not hold: a fixed sequence of tests, in which each may keep its 5%. The greatest of all that hold would
+be a maximum over uncorrected tests.
+
+The task itself is **valid** if the gap is clear (the 90%
 interval of the paired gaps is above zero), and if both negative controls, the first preconditioner frozen for
 ever and random directions, fail the same test.
 """
@@ -112,11 +118,14 @@ def margin(gap: float) -> float:
 
 
 def steps_ratio(steps: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Median over seeds of steps to the target against those of N = 1; None if that mostly never arrived."""
-    if math.isinf(median(reference)):
+    """Median over seeds of steps to the target against those of N = 1.
+
+    None if N = 1 mostly never arrived, or there was nowhere to go: a diagonal that diverged is no target.
+    """
+    ratios = [a / b for a, b in zip(steps, reference, strict=True) if math.isfinite(b) and b > 0]
+    if math.isinf(median(reference)) or not ratios:
         return None
-    pairs = zip(steps, reference, strict=True)
-    return float(median(a / b for a, b in pairs if math.isfinite(b) and b > 0))
+    return float(median(ratios))
 
 
 def judge(
@@ -145,7 +154,8 @@ def judge(
     verdict, reason = _verdict(found, ratio, half_width)
     if verdict is Verdict.INCONCLUSIVE and len(differences) > 1 and half_width > 0:
         needed = seeds_needed(float(np.std(differences, ddof=1)), half_width)
-        reason += f" (if there is no difference, about {needed or 'over 1000'} seeds would show it)"
+        if needed is None or needed > len(differences):
+            reason += f" (if there is no difference, about {needed or 'over 1000'} seeds would show it)"
     return Judgement(verdict, reason, found, ratio, len(losses))
 
 
@@ -159,7 +169,7 @@ def _verdict(found: Interval, ratio: float | None, half_width: float) -> tuple[V
     if found.high < -half_width:
         return Verdict.INCONCLUSIVE, "the loss is lower by more than the margin: no loss, but not equivalent"
     if not (-half_width <= found.low and found.high <= half_width):
-        return Verdict.INCONCLUSIVE, "the interval is wider than the margin"
+        return Verdict.INCONCLUSIVE, "the interval is not within the margin"
     if ratio is None:
         return Verdict.INCONCLUSIVE, "N = 1 itself does not reach the target"
     return Verdict.HOLDS, "equivalent within the margin"

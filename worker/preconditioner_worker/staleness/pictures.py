@@ -103,7 +103,7 @@ def _loss_against_n(figure: Figure, analysis: Analysis, part: Part) -> None:
 
 
 def _curves(figure: Figure, analysis: Analysis, part: Part, runs: Sequence[StudyRun]) -> None:
-    """Held-out loss against steps, means over seeds."""
+    """Held-out loss against steps, means over the seeds that all have: one seed is easier than another."""
     axis = figure.subplots()
     by_condition: dict[str, list[StudyRun]] = defaultdict(list)
     for run in runs:
@@ -114,8 +114,17 @@ def _curves(figure: Figure, analysis: Analysis, part: Part, runs: Sequence[Study
     shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(part.rows)))
     arms = [(to_hex(shade), "-") for shade in shades]
     shown: list[Row] = [*part.rows, *part.controls, *analysis.optimizers]
+    seeds = [{run.spec.seed for run in by_condition[row.condition]} for row in shown]
+    common = set.intersection(*seeds)
+    averaged = common or set.union(*seeds)
+    names = ", ".join(map(str, sorted(common)))
+    axis.set_title(f"means over the seeds {names}" if common else "means over different seeds")
     for row in shown:
-        whole = [run.held_out_loss for run in by_condition[row.condition] if not run.diverged]
+        whole = [
+            run.held_out_loss
+            for run in by_condition[row.condition]
+            if run.spec.seed in averaged and not run.diverged
+        ]
         if not whole:
             continue
         mean = np.mean(np.array(whole), axis=0)

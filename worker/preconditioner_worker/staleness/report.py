@@ -56,8 +56,10 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
         "",
         "All differences are paired by seed with N = 1 of the same arm. *Holds*: the 90% interval lies "
         "inside of the margin, min(0.02 nats, 10% of the gap); the median of steps to the target (the "
-        f"grafted diagonal's final loss) grows by at most {STEPS_RATIO - 1:.0%}; nothing diverged. The "
-        "criteria were fixed in code before the runs. *Fresh, but late* has its first preconditioner when "
+        f"grafted diagonal's final loss) grows by at most {STEPS_RATIO - 1:.0%}; nothing diverged. These "
+        "criteria were fixed in code before the runs. The largest N that holds is the last before the first "
+        "that does not, going up (a fixed sequence of tests). *Pairs* are the seeds that a comparison rests "
+        "on. *Fresh, but late* has its first preconditioner when "
         "A(N) with the largest N has, and fresh ones from then on: what the late beginning costs alone. "
         "*Drift* is the median of ||P_stale - P_fresh|| / ||P_fresh|| over the second half of training.",
         "",
@@ -90,7 +92,11 @@ def headline(part: Part) -> str:
     if part.void:
         return f"{name}: the task is void: {'; '.join(part.void)}"
     if part.largest_that_holds is None:
-        return f"{name}: no N > 1 holds"
+        if not part.tested:
+            return f"{name}: no N > 1 was run"
+        first = part.tested[0]
+        verdict = "not judged" if first.verdict is None else first.verdict.value
+        return f"{name}: no N > 1 is shown to hold; N = {first.n}, the first in the sequence: {verdict}"
     return f"{name}: the largest N that holds is {part.largest_that_holds}"
 
 
@@ -110,10 +116,12 @@ def _part(part: Part, steps: int) -> list[str]:
         ]
     rows = [*part.rows, *part.controls]
     lines += table(
-        ("condition", "N/T", "ages", "seeds", "final loss", "difference", "90% interval", "steps to target",
-         "ratio", "drift", "verdict", ""),
+        ("condition", "N/T", "ages", "seeds", "final loss", "pairs", "difference", "90% interval",
+         "steps to target", "ratio", "drift", "verdict", ""),
         [_cells(row, kind, steps) for row in rows],
     )  # fmt: skip
+    for late_start in part.late_starts:
+        lines += [late_start.describe(), ""]
     return lines
 
 
@@ -128,6 +136,7 @@ def _cells(row: Row, kind: str, steps: int) -> Cells:
         else f"{row.youngest}–{row.oldest}" + ("" if row.ages_as_planned or not own else " (!)"),
         str(row.seeds) if not row.diverged else f"{row.seeds} ({row.diverged} diverged)",
         _loss(row.final_loss),
+        "" if row.pairs is None else str(row.pairs),
         _signed(row.difference) if compared else "",
         f"[{_signed(row.low)}, {_signed(row.high)}]" if compared else "",
         _count(row.steps_to_target),
