@@ -56,7 +56,8 @@ class StalenessRun(_Options):
     grafting: list[Literal["on", "off"]] = ["on", "off"]
     """Whether a step has AdaGrad's length."""
     controls: bool = True
-    """Run AdamW, AdaGrad, the grafted diagonal, the first one frozen, random directions, and a late start."""
+    """Run AdamW without decay, AdaGrad, the grafted diagonal, the first one frozen, random directions, and a
+    late start."""
     steps: PositiveInt = DEFAULTS.steps
     """Length of a run."""
     evaluate_every: PositiveInt = DEFAULTS.evaluate_every

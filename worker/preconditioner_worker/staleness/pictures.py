@@ -28,7 +28,7 @@ NAMES = {
     "frozen": "first one frozen",
     "random": "random directions",
     "late": "fresh, but late",
-    "adamw": "AdamW",
+    "adamw": "AdamW without decay",
     "adagrad": "AdaGrad",
 }
 CONTROL_LOOKS = {
