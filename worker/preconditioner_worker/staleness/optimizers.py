@@ -1,9 +1,9 @@
 """The optimizer of each run: the client's own Shampoo with a deterministic exchange, and the others.
 
-Shampoo has the settings published in 2020, and the client's own order of things, which differs from the
-published code in two: every preconditioned gradient is grafted and these updates are averaged, where the published
-code averages preconditioned gradients, ``m <- mu m + (1 - mu) P_0 G P_1``, and grafts the average; and the average
-begins as in ``torch.optim.SGD``, with the whole first update, not with 1 - mu of it.
+Shampoo has the settings published in 2020, and the client's own momentum, which differs from the published
+code in two things: each preconditioned gradient is grafted and these updates are averaged, where the
+published code averages preconditioned gradients, ``m <- mu m + (1 - mu) P_0 G P_1``, and grafts the
+average; and the average begins as in ``torch.optim.SGD``, with the whole first update, not with 1 - mu of it.
 """
 
 from __future__ import annotations

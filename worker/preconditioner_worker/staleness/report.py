@@ -49,13 +49,13 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
     lines += [
         f"Task: {settings.task}, {analysis.parameters} parameters, {analysis.blocks} preconditioned blocks. "
         f"{analysis.runs} runs of {settings.steps} steps in virtual time: roots in process, float64, delays "
-        f"exact in steps. Measured: {analysis.metric}. Shampoo with the published settings: AdaGrad grafting, exponent -1/4 "
-        "per side of a matrix (-1/2 where the vocabulary is the other side), momentum "
-        f"{settings.momentum}, directions blended in over {settings.blend_steps} steps from a block's first "
-        "version on. In two things it is not as published: each preconditioned gradient is grafted and then "
-        "averaged, where the published code averages them and grafts the average; and the average begins with "
-        "the whole first update, not with 1 - momentum of it. One learning rate per optimizer, tuned at N = 1 "
-        "alone; AdamW without weight decay, as Shampoo has none either.",
+        f"exact in steps. Measured: {analysis.metric}. Shampoo with the published settings: AdaGrad "
+        "grafting, exponent -1/4 per side of a matrix (-1/2 where the vocabulary is the other side), "
+        f"momentum {settings.momentum}, directions blended in over {settings.blend_steps} steps from a "
+        "block's first version on. In two things it is not as published: each preconditioned gradient is "
+        "grafted and then averaged, where the published code averages them and grafts the average; and the "
+        "average begins with the whole first update, not with 1 - momentum of it. One learning rate per "
+        "optimizer, tuned at N = 1 alone; AdamW without weight decay, as Shampoo has none either.",
         "",
         "All differences are paired by seed with N = 1 of the same arm. *Holds*: the 90% interval lies "
         "inside of the margin, min(0.02 nats, 10% of the gap); the median of steps to the target (the "
