@@ -35,11 +35,17 @@ from preconditioner_client.gradients import (
     only_initialises,
     working_gradients,
 )
-from preconditioner_client.grafting import directions, needs_second_moment, update_second_moments
+from preconditioner_client.grafting import (
+    directions,
+    needs_second_moment,
+    owns_weight_decay,
+    update_second_moments,
+)
 from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.plan import GroupSettings
 from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.update_rule import cast_like
 
 STATE_KEY = "preconditioner"
 """Where the attached state stands in the optimizer's own state dict."""
@@ -148,7 +154,12 @@ class Attachment:
         }
         groups = [{**own, "params": group["params"]} for group in self._optimizer.param_groups]
         return estimate_memory(
-            groups, self._engine.refresher.config, self._engine.distributed, replicas, replica
+            groups,
+            self._engine.refresher.config,
+            self._engine.distributed,
+            replicas,
+            replica,
+            self._engine.credit_bytes,
         )
 
     def detach(self) -> None:
@@ -316,7 +327,8 @@ class Attachment:
         moments = [local(s["second_moment"]) for s in states] if needs_second_moment(self._grafting) else []
         if moments:
             update_second_moments(self._grafting, moments, grads, guard)
-        weights = [local(p).detach().to(g.dtype) for p, g in zip(params, grads, strict=True)]
+        held = [local(p).detach() for p in params] if owns_weight_decay(self._grafting) else []
+        weights = cast_like(held, grads[: len(held)])
         steps = [s["step"] for s in states]
         norms = self._engine.ranks.norms
         found = directions(self._grafting, grads, moments, steps, weights, 0.0, norms)

@@ -82,8 +82,10 @@ def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
         group[FORMAT_KEY], group[STEP_KEY], group[EPOCH_KEY] = FORMAT, engine.step, engine.epoch
         group[SHARDS_KEY] = plan.shards
         for index, parameter in enumerate(group["params"]):
-            if begun and parameter.requires_grad and parameter not in optimizer.state:
-                optimizer.state[parameter] = blank_state(group, parameter)
+            if begun and parameter.requires_grad and "step" not in optimizer.state.get(parameter, {}):
+                # A layer may have had batches in steps in which its weight had no gradient.
+                known = optimizer.state.get(parameter, {})
+                optimizer.state[parameter] = {**blank_state(group, parameter), **known}
             if parameter in optimizer.state:
                 for key, shape in optimizer.own_state_shapes(parameter).items():
                     blank = torch.zeros(shape, device=parameter.device)
@@ -107,8 +109,14 @@ def _block_states(
     }
 
 
-def exported(engine: Engine, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The base class's state dict with the blocks of this rank, as copies, and without what needs pickle."""
+def exported(engine: Engine, state_dict: dict[str, Any], blocks: bool = True) -> dict[str, Any]:
+    """The base class's state dict with the blocks of this rank, as copies, and without what needs pickle.
+
+    Args:
+        engine: that keeps the blocks.
+        state_dict: of the base class.
+        blocks: whether they are wanted.
+    """
     groups = [
         {key: repr(value) if key in _SETTINGS else value for key, value in group.items()}
         for group in state_dict["param_groups"]
@@ -119,7 +127,7 @@ def exported(engine: Engine, state_dict: dict[str, Any]) -> dict[str, Any]:
     }
     for group, plan in zip(groups, engine.plans, strict=True):
         for index, identity in enumerate(group["params"]):
-            if plan.rows[index]:
+            if blocks and plan.rows[index]:
                 states.setdefault(identity, {}).update(block_states(engine, plan, index))
     return {**state_dict, "state": states, "param_groups": groups}
 

@@ -40,6 +40,11 @@ def history_of(exchange: Exchange) -> TrainerHistory | None:
     return history if isinstance(history, TrainerHistory) else None
 
 
+def credit_of(exchange: Exchange) -> int:
+    """Bytes that may have been sent here without receipt; 0 where nothing is sent."""
+    return int(getattr(exchange, "credit_bytes", 0))
+
+
 def newest_epoch(exchange: Exchange, job: str) -> int:
     """The largest epoch that an earlier life of the job had, as far as the service knows; else 0."""
     known = getattr(exchange, "newest_epoch", None)

@@ -1,6 +1,6 @@
 """The state of all ranks on one of them.
 
-Blocks travel one by one, straight from their owners, so no rank ever holds more than it keeps, and one block.
+Blocks travel one by one, straight from their owners, so that no other rank ever holds more than it keeps.
 """
 
 from __future__ import annotations
@@ -37,23 +37,28 @@ def collect(engine: Engine, state_dict: dict[str, Any], to: int) -> dict[str, An
         return state_dict
     if not any(to in row for row in ranks.grid):
         raise ValueError(f"rank {to} is none of those that train these parameters: {ranks.grid}")
-    receives = dist.get_rank() == to
+    here = receives(engine, to)
     states: dict[Any, dict[str, Any]] = {}
     for index, state in state_dict["state"].items():
-        states[index] = {key: whole(value, receives) for key, value in state.items()}
+        states[index] = {key: whole(value, here) for key, value in state.items()}
     for saved, parameters_states in zip(state_dict["param_groups"], _blocks(engine, to), strict=True):
         for index, blocks in zip(saved["params"], parameters_states, strict=True):
             if blocks:
                 states.setdefault(index, {}).update(blocks)
-    return {**state_dict, "state": states} if receives else None
+    return {**state_dict, "state": states} if here else None
 
 
-def whole(value: Any, receives: bool) -> Any:
+def receives(engine: Engine, to: int) -> bool:
+    """Whether this rank gets the whole, so that its own blocks are wanted as copies."""
+    return not engine.ranks.groups or dist.get_rank() == to
+
+
+def whole(value: Any, here: bool) -> Any:
     """A sharded tensor as a plain one on the host, where it is wanted; all else as it is. Collective."""
     if not is_dtensor(value):
         return value
     full = value.full_tensor()
-    return full.cpu() if receives else None
+    return full.cpu() if here else None
 
 
 def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
@@ -82,7 +87,7 @@ def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
 
 
 def _send(engine: Engine, held: PlannedRow, to: int, device: torch.device) -> None:
-    state = block_state(engine, held)
+    state = block_state(engine, held, lambda view: view)
     numbers = [value for value in state.values() if not torch.is_tensor(value)]
     dist.send(torch.tensor(numbers, device=device), to)
     for value in state.values():

@@ -83,9 +83,12 @@ class EmbeddedService:
         self._stopping = False
         _sweep()
         self._directory = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX)
-        # Held for as long as this process lives, so that others know that the directory is in use.
-        self._lock = os.open(Path(self._directory) / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # Held for as long as this process lives, so that others know that the directory is in use; and before
+        # they can see it, as ranks of one host start at one moment.
+        lock = Path(self._directory) / _LOCK
+        self._lock = os.open(lock.with_suffix(".new"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        lock.with_suffix(".new").rename(lock)
         self._thread = threading.Thread(target=self._keep, name="preconditioner-embedded", daemon=True)
         _live.append(self)
         self._thread.start()

@@ -15,7 +15,7 @@ import torch
 
 from preconditioner_client.agreement import Described, agree
 from preconditioner_client.config import GraftingConfig, StalenessConfig
-from preconditioner_client.connect import history_of, make_exchange, newest_epoch
+from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Exchange, SessionSpec
 from preconditioner_client.gradients import check_finite, judge, named
@@ -44,6 +44,7 @@ class Engine:
 
     Attributes:
         distributed: as given.
+        credit_bytes: what the service may have sent without receipt.
         plans: of the groups, in order.
         parameters: of all groups.
         ranks: how the parameters lie over ranks, once there is a group.
@@ -66,6 +67,7 @@ class Engine:
         self.refresher = Refresher(staleness, [], self._held.snapshots, self._held.adopt)
         self.step = 0
         self._raw_exchange, self._job = make_exchange(service, job)
+        self.credit_bytes = credit_of(self._raw_exchange)
         # Larger than any before, also where the clock was set back meanwhile.
         self.epoch = max(time.time_ns() // 1000, newest_epoch(self._raw_exchange, self._job) + 1)
         self._history = self.refresher.history = history_of(self._raw_exchange)

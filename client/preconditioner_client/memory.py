@@ -38,7 +38,6 @@ from preconditioner_client.distribution import DistributedConfig, Ranks, is_dten
 from preconditioner_client.grafting import needs_second_moment, owns_weight_decay
 from preconditioner_client.guard import is_deferred
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, plan_group
-from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.sharing import gather_bytes
 from preconditioner_protos import packed_length
 
@@ -87,7 +86,7 @@ def estimate_memory(
     distributed: str | DistributedConfig,
     replicas: int | None,
     replica: int,
-    credit_bytes: int = ServiceConfig.credit_bytes,
+    credit_bytes: int,
 ) -> MemoryEstimate:
     """The formula, for the parameter groups of a ``Shampoo`` whose parameters all have gradients.
 

@@ -148,7 +148,7 @@ class PreconditionedOptimizer(Optimizer):
         """
         engine = self._planned()
         checkpoint.write(self, engine)
-        own = checkpoint.exported(engine, super().state_dict())
+        own = checkpoint.exported(engine, super().state_dict(), blocks=consolidation.receives(engine, to))
         self._consolidated = consolidation.collect(engine, own, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -50,7 +50,8 @@ class ServiceConfig:
         close_timeout: seconds that ending the session may take.
         workers: actors of the embedded service. None: it decides.
         outbox_bytes: bound of the snapshots that wait to be sent. None: as many as
-            ``snapshots_in_flight`` of every block, which bounds them too.
+            ``snapshots_in_flight`` of every block, which bounds them too. Equal blocks that were taken in one
+            step share their memory, and give it back together.
         credit_bytes: packed preconditioners that the service may have under way without answer.
         history_file: append what happens to this file, for ``preconditioner-worker check-history``.
         history_matrices: folder to save snapshots and preconditioners to, so that a check can compute the

@@ -69,6 +69,11 @@ class ServiceExchange:
         return self._epochs.get(job, 0)
 
     @property
+    def credit_bytes(self) -> int:
+        """What the service may have sent without receipt."""
+        return self._config.credit_bytes
+
+    @property
     def generation(self) -> int:
         """See :class:`Exchange`."""
         return self._mailbox.generation

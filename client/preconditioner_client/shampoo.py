@@ -125,5 +125,10 @@ class Shampoo(PreconditionedOptimizer):
         """
         engine = cast(Engine, self._engine)
         return estimate_memory(
-            self.param_groups, engine.refresher.config, engine.distributed, replicas, replica
+            self.param_groups,
+            engine.refresher.config,
+            engine.distributed,
+            replicas,
+            replica,
+            engine.credit_bytes,
         )

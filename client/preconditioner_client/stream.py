@@ -204,7 +204,9 @@ def _await_copy(snapshot: Snapshot) -> None:
 
 
 def _is_done(event: torch.cuda.Event) -> bool:
-    return bool(event.query())
+    # A thread begins on the first device, and would make a context there.
+    with torch.cuda.device(event.device):
+        return bool(event.query())
 
 
 def _rejection(block: int, step: int, reason: pb.NackReason, detail: str) -> Rejection:

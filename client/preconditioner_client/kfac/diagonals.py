@@ -44,7 +44,7 @@ class DiagonalStatistics:
 
     def estimate(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The averages of a layer; None before there are any."""
-        kept = self._states()[weight].get(KEY)
+        kept = self._states().get(weight, {}).get(KEY)
         # Before the first batch all is 0.
         return None if kept is None else kept[:-1] / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
 

@@ -27,8 +27,8 @@ from preconditioner_client.kfac.factor_stack import (
     LayerSettings,
     sides_of,
 )
-from preconditioner_client.kfac.layers import MatrixLayer
-from preconditioner_client.kfac.recording import Recorder
+from preconditioner_client.kfac.layers import Layers, MatrixLayer
+from preconditioner_client.kfac.recording import GradScale, Recorder
 from preconditioner_client.kfac.reduction import FactorReduction, Key, Weighted
 from preconditioner_client.plan import GroupPlan, GroupSettings
 from preconditioner_client.schedule import Mask
@@ -42,7 +42,8 @@ class LayerEngine(Engine):
     """Preconditions the gradients of layers.
 
     Args:
-        recorder: of the layers.
+        layers: of the model; they get hooks.
+        grad_scale: see :class:`Recorder`.
         diagonals: statistics of embeddings' inputs and of BatchNorm.
         damping: lambda.
         batch_norm: direction of a BatchNorm; None: that of its gradient.
@@ -53,7 +54,8 @@ class LayerEngine(Engine):
 
     def __init__(
         self,
-        recorder: Recorder,
+        layers: Layers,
+        grad_scale: GradScale | None,
         diagonals: DiagonalStatistics,
         damping: float,
         batch_norm: Direction | None,
@@ -65,16 +67,15 @@ class LayerEngine(Engine):
         distributed: str | DistributedConfig,
     ) -> None:
         super().__init__(staleness, service, job, distributed)
-        self._recorder = recorder
+        # Not before, since that may raise, and nobody would take the hooks out again.
+        self._recorder = Recorder(layers, grad_scale)
         self._diagonals = diagonals
         self._damping = damping
         self._batch_norm = batch_norm
         self._factor_dtype = factor_dtype
         self._adaptive = adaptive
         self._intervals = Intervals(staleness.interval, staleness.max_staleness // 2)
-        self._by_weight: dict[torch.Tensor, MatrixLayer] = {
-            layer.weight: layer for layer in recorder.layers.matrices
-        }
+        self._by_weight: dict[torch.Tensor, MatrixLayer] = {layer.weight: layer for layer in layers.matrices}
         self._placeholders: dict[torch.Tensor, torch.Tensor] = {}
         self._groups: list[list[torch.Tensor]] = []
         self._place: dict[torch.Tensor, tuple[int, int]] = {}
@@ -82,7 +83,7 @@ class LayerEngine(Engine):
         self._grafting: dict[int, GraftingConfig] = {}
         self._reduction: FactorReduction | None = None
         self._factor_bytes = 0
-        recorder.due = self._is_due
+        self._recorder.due = self._is_due
 
     def add_group(
         self,

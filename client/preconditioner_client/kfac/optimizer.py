@@ -39,7 +39,7 @@ from preconditioner_client.kfac.diagonals import DiagonalStatistics
 from preconditioner_client.kfac.engine import Direction, LayerEngine
 from preconditioner_client.kfac.factors import diagonal_direction, unit_wise_direction
 from preconditioner_client.kfac.layers import find_layers
-from preconditioner_client.kfac.recording import GradScale, Recorder
+from preconditioner_client.kfac.recording import GradScale
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -80,7 +80,8 @@ class KFAC(PreconditionedOptimizer):
         decoupled_weight_decay: ``w <- (1 - lr weight_decay) w`` rather than a term in the gradient.
         maximize: ascend instead of descend.
         batch_norm: ``"unit_wise"`` (SP-NGD: a 2 x 2 matrix for each channel), ``"diagonal"`` or ``"none"``.
-        grafting: a diagonal method whose step length every layer takes; default none, as published.
+        grafting: a diagonal method whose step length every layer takes, but for BatchNorm, which has its own;
+            default none, as published.
         statistics: decay of the factors' EMA, and how often they are taken; default ``beta=0.95``.
         blocking: layers with longer sides are cut, and only the factors' diagonal blocks are kept.
         staleness: refresh interval, bound, adoption and policy, as for Shampoo.
@@ -155,7 +156,8 @@ class KFAC(PreconditionedOptimizer):
             model.named_parameters() if params is None else params,
             defaults,
             lambda: LayerEngine(
-                Recorder(layers, grad_scale),
+                layers,
+                grad_scale,
                 self._diagonals,
                 damping,
                 direction,

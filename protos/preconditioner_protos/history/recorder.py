@@ -94,7 +94,8 @@ class HistoryRecorder:
         self._matrices = None if matrices is None else Path(matrices)
         self._source = secrets.token_hex(6)
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        # Reentrant, since a finalizer that records may run anywhere, also within.
+        self._lock = threading.RLock()
         self._queue: list[_Waiting] = []
         self._queued_bytes = 0
         self._numbers = 0

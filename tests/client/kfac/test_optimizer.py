@@ -213,6 +213,28 @@ def test_close_takes_the_hooks_out():
     assert optimizer._layers.matrices[0].factors is None
 
 
+def test_a_constructor_that_fails_leaves_no_hooks():
+    model = seeded(Words)
+    with pytest.raises(ValueError, match="no_such_place"):
+        KFAC(model, service="no_such_place")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_some_layers_of_a_model_alone():
+    """A BatchNorm that it was not given has no state, also not after it was looked for."""
+    model = seeded(Convolutional)
+    linear = [p for layer in model.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()]
+    optimizer = KFAC(
+        model, linear, lr=1e-2, service=LocalExchange(), staleness=StalenessConfig(refresh_every=1)
+    )
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    loss_of(model, images, torch.arange(8) % 10).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert len(saved["state"]) == len(linear)
+    optimizer.load_state_dict(saved)
+
+
 def digits_loss(make, steps=60, seed=0):
     """Training loss on digits after some steps."""
     images, labels = load_digits(return_X_y=True)
