@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -103,14 +105,51 @@ async def answer(context: Context, message: Any, seconds: float) -> None:
 
     Raises:
         asyncio.CancelledError: it did not take it in time. A caller can announce that it has no room for a
-            byte; a status would wait behind the message, and the call's place with it.
+            byte; a status would wait behind the message, and so the call is dropped.
     """
+    await _taken(context, context.write(message), seconds)
+
+
+async def abort(context: Context, end: EndOfStream, seconds: float) -> None:
+    """End the call with a status, or drop it if earlier messages that nobody takes keep the status back."""
+    await _taken(context, context.abort(end.code, str(end)), seconds)
+
+
+async def _taken(context: Context, writing: Awaitable[None], seconds: float) -> None:
     try:
-        await asyncio.wait_for(context.write(message), seconds)
+        await asyncio.wait_for(writing, seconds)
     except asyncio.TimeoutError:
         host = host_of(context.peer())
         limited(logging.WARNING, "answer not taken", host, host=host, answer_timeout=seconds)
+        _drop()
         raise asyncio.CancelledError from None
+
+
+class _Task(asyncio.Task[Any]):
+    """Knows the task that began it."""
+
+    def __init__(self, coroutine: Any, **options: Any) -> None:
+        super().__init__(coroutine, **options)
+        parent = asyncio.current_task(self.get_loop())
+        self.parent = None if parent is None else weakref.ref(parent)
+
+
+def make_calls_droppable(loop: asyncio.AbstractEventLoop) -> None:
+    """Needed once on the loop of a server, or calls that are not taken keep their places."""
+    loop.set_task_factory(lambda loop, coroutine, **options: _Task(coroutine, loop=loop, **options))
+
+
+def _drop() -> None:
+    """Have the call that the current task handles reset, with whatever its caller has not taken.
+
+    gRPC for asyncio has no method for it: a call keeps its place among ``maximum_concurrent_rpcs`` until its
+    caller took all of it or closed it, also when its handler has ended. But a call that nothing refers to is
+    reset; and what refers to it is the task that waits for its end, which began the task of the handler.
+    """
+    handling = asyncio.current_task()
+    parent = handling.parent if isinstance(handling, _Task) else None
+    if parent is not None and (waiting := parent()) is not None:
+        waiting.cancel()
 
 
 def host_of(peer: str) -> str:

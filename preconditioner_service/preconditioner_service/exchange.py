@@ -8,7 +8,6 @@ the reading of its snapshots at :data:`_MOST_ANSWERS`. A trainer that reads, as 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -159,8 +158,12 @@ class ExchangeStream:
             await reading
             # Half-closed. Whoever is interrupted in a write must not be followed by another, so the writer
             # itself says the last words.
-            with contextlib.suppress(asyncio.TimeoutError):
+            try:
                 await asyncio.wait_for(self._quiet(writing), _LAST_WORDS)
+            except asyncio.TimeoutError:
+                raise EndOfStream(
+                    grpc.StatusCode.UNAVAILABLE, f"answers were not read for {_LAST_WORDS:g} s"
+                ) from None
         finally:
             for task in (reading, writing):
                 task.cancel()

@@ -29,7 +29,7 @@ from preconditioner_protos.history import HistoryError
 from preconditioner_service import logs, wire
 from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
-from preconditioner_service.calls import WaitingRoom
+from preconditioner_service.calls import WaitingRoom, make_calls_droppable
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.files import FileError
 from preconditioner_service.health import Health
@@ -142,7 +142,7 @@ class _Run:
             version=_version(),
             workers=lambda: self._pool.alive,
         )
-        self._health = Health(settings.max_health_watchers)
+        self._health = Health(settings.max_health_watchers, settings.answer_timeout)
 
     async def main(self) -> None:
         self._watch()
@@ -179,14 +179,14 @@ class _Run:
         server = self._server()
         address = self._listen(server)
         await server.start()
-        await self._health.set(True)
+        self._health.set(True)
         expiring = asyncio.create_task(self._service.expire_sessions())
         reloading = asyncio.create_task(self._keep_reloading())
         recording = asyncio.create_task(self._record_held())
         try:
             self._ready(address)
             await stopping
-            await self._health.set(False)
+            self._health.set(False)
             event(logging.INFO, "draining", grace_seconds=self._grace)
             if self._history is not None:
                 self._history.drain_begun(self._grace)
@@ -263,6 +263,7 @@ class _Run:
         def refused(method: str) -> None:
             limited(logging.WARNING, "unauthenticated", None, method=method[:100])
 
+        make_calls_droppable(asyncio.get_running_loop())
         server = grpc.aio.server(
             interceptors=[BearerToken(self._policy, refused)],
             maximum_concurrent_rpcs=settings.max_streams,
@@ -270,7 +271,7 @@ class _Run:
         )
         waiting = WaitingRoom(settings.max_waiting_calls, settings.first_message_timeout)
         wire.add_to(server, self._service, waiting)
-        self._health.add_to(server)
+        self._health.add_to(server, waiting)
         if settings.reflection:
             enable_reflection(server)
         return server

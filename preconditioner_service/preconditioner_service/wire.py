@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_service.calls import Context, EndOfStream, WaitingRoom, answer
+from preconditioner_service.calls import Context, EndOfStream, WaitingRoom, abort, answer
 from preconditioner_service.decoding import decode
 from preconditioner_service.server import SERVICE, Service
 from preconditioner_service.settings import ServeSettings
@@ -33,31 +33,35 @@ def add_to(server: grpc.aio.Server, service: Service, waiting: WaitingRoom) -> N
 
     seconds = service.limits.answer_timeout
     methods = {
-        "OpenSession": _unary(service.OpenSession, waiting, seconds),
-        "CloseSession": _unary(close, waiting, seconds),
-        "GetStatus": _unary(status, waiting, seconds),
-        "Exchange": _stream(service.Exchange, waiting),
+        "OpenSession": unary(service.OpenSession, waiting, seconds),
+        "CloseSession": unary(close, waiting, seconds),
+        "GetStatus": unary(status, waiting, seconds),
+        "Exchange": stream(service.Exchange, waiting, seconds),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
 
-def _unary(
+def unary(
     method: Callable[[bytes, Context], Awaitable[Message]], waiting: WaitingRoom, seconds: float
 ) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of calls with one message and one answer, which is taken within so many seconds."""
+
     async def handle(data: bytes, context: Context) -> None:
         await answer(context, await method(data, context), seconds)
 
-    return _stream(handle, waiting)
+    return stream(handle, waiting, seconds)
 
 
-def _stream(
-    method: Callable[[bytes, Context], Awaitable[None]], waiting: WaitingRoom
+def stream(
+    method: Callable[[bytes, Context], Awaitable[None]], waiting: WaitingRoom, seconds: float
 ) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of calls that begin with a message; ``EndOfStream`` becomes their status."""
+
     async def handle(_: Any, context: Context) -> None:
         try:
             await method(await waiting.first_message(context), context)
         except EndOfStream as end:
-            await context.abort(end.code, str(end))
+            await abort(context, end, seconds)
 
     return grpc.stream_stream_rpc_method_handler(
         handle, response_serializer=lambda message: message.SerializeToString()

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 import grpc
 import h2.exceptions
-from raw_http2 import PREFACE, SERVICE, Connection, framed
 
 from preconditioner_protos import MAX_ENTRIES, PackedBlock, pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_http2 import PREFACE, SERVICE, Connection, framed
 from raw_trainer import RawTrainer, manifest, open_request, statistics
 
-WATCH = "/grpc.health.v1.Health/Watch"
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 LARGEST = 4 * 1024 * 1024 - 64
 PATIENCE = 20.0
 
@@ -250,6 +250,23 @@ def calls_without_token(attack: Attack) -> None:
 def health_watchers(attack: Attack) -> None:
     """Watches of the health service, which is open to all."""
     _calls(attack, WATCH, None, framed(b""))
+
+
+def silent_checks(attack: Attack) -> None:
+    """Checks of the health service, which need no token, whose message never comes."""
+    _calls(attack, CHECK, None, b"")
+
+
+def deaf_watchers(attack: Attack) -> None:
+    """Watches of the health service that leave no room for a byte, while others check it."""
+    connection = attack.connection(window=0)
+    for number in _paced(attack, 200):
+        if connection is not None and not connection.closed and number < attack.size:
+            with contextlib.suppress(h2.exceptions.ProtocolError):  # beyond the streams that it allows
+                connection.send(connection.call(WATCH, None), framed(b""), end=True)
+        if number % 20 == 0:
+            check = attack.trainer().channel.unary_unary(CHECK, bytes, bytes)
+            attack.refused(lambda check=check: check(b"", timeout=20))
 
 
 def _calls(attack: Attack, method: str, token: str | None, data: bytes, rate: float = 500) -> None:

@@ -48,6 +48,8 @@ CASES = (
     _case(attacks.trickled_calls, 300, "UNAVAILABLE"),
     _case(attacks.calls_without_token, 1000, "UNAUTHENTICATED"),
     _case(attacks.health_watchers, 1000, "RESOURCE_EXHAUSTED"),
+    _case(attacks.silent_checks, 1000, "UNAVAILABLE"),
+    _case(attacks.deaf_watchers, 1000, "OK"),
     _case(attacks.unread_answers, 1000, "OK", "RESOURCE_EXHAUSTED"),
     _case(attacks.rapid_resets, 1, "reset by the attacker", "goaway ENHANCE_YOUR_CALM, closed"),
     _case(attacks.pings, 1, "goaway ENHANCE_YOUR_CALM", "closed"),

@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from preconditioner_service.calls import EndOfStream, WaitingRoom, answer
+from preconditioner_service.calls import EndOfStream, WaitingRoom, abort, answer
 from preconditioner_service.openings import Openings
 
 Code = grpc.StatusCode
@@ -27,6 +27,10 @@ class Caller:
 
     async def write(self, message) -> None:
         await self.takes.wait()
+
+    async def abort(self, code, details) -> None:
+        await self.takes.wait()
+        self.ended = code
 
 
 async def wait_all(room: WaitingRoom, *hosts: str):
@@ -71,13 +75,17 @@ def test_a_call_without_a_message_ends():
     asyncio.run(main())
 
 
-def test_an_answer_that_is_not_taken_frees_the_call():
+def test_an_answer_or_status_that_is_not_taken_ends_the_call():
     async def main() -> None:
         caller = Caller("host")
         with pytest.raises(asyncio.CancelledError):
             await answer(caller, b"", 0.05)
+        with pytest.raises(asyncio.CancelledError):
+            await abort(caller, EndOfStream(Code.ABORTED, "superseded"), 0.05)
         caller.takes.set()
         await answer(caller, b"", 0.05)
+        await abort(caller, EndOfStream(Code.ABORTED, "superseded"), 0.05)
+        assert caller.ended is Code.ABORTED
 
     asyncio.run(main())
 

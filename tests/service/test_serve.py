@@ -18,6 +18,7 @@ from conftest import TOKEN, gone
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from raw_http2 import Connection, framed
 from raw_trainer import manifest, open_request, statistics, wait_for
 
 
@@ -79,6 +80,8 @@ def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
     late = service.trainer()
     watch = health_pb2_grpc.HealthStub(late.channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    deaf = Connection(service.address, window=0)  # it has no room for a byte, and delays nothing
+    deaf.send(deaf.call("/grpc.health.v1.Health/Watch", None), framed(b""), end=True)
     family = service.family()
     service.process.send_signal(signal.SIGTERM)
     stream.until(lambda: stream.drains)
@@ -93,6 +96,7 @@ def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
     assert sorted(stream.versions()) == [(block, 1) for block in range(6)]
     watch.cancel()
     assert service.process.wait(30) == 0
+    deaf.close()
     wait_for(lambda: gone(family), timeout=10)
     log = service.log()
     assert "draining" in log
