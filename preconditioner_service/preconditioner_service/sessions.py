@@ -27,6 +27,9 @@ _MOST_CLIENT = 100
 _BLOCK_BYTES, _SESSION_BYTES = 2560, 16 * 1024
 """Of Python's objects for one, rounded up (measured: 2.3 kB for a block of two sides or of eight)."""
 
+_ITEM_BYTES, _MATRIX_BYTES = 384, 144
+"""Of Python's objects for a kept snapshot or preconditioner, and for each matrix of it, rounded up."""
+
 
 class Stream(Protocol):
     """What the board needs of the stream that is attached to a session. No call may block."""
@@ -107,6 +110,8 @@ class Footprint:
         statistics = Layout.of_statistics(manifest)
         largest = max(map(statistics.block_bytes, range(len(statistics))), default=0)
         own = len(statistics) * _BLOCK_BYTES + 2 * manifest.ByteSize()
+        matrices = sum(map(len, statistics.sides))
+        own += (2 * depth_of(manifest) + 1) * (len(statistics) * _ITEM_BYTES + matrices * _MATRIX_BYTES)
         return cls(budget_bytes(manifest), _SESSION_BYTES + own + largest)
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -238,6 +241,33 @@ def test_a_superseded_stream_detaches_nothing():
     assert older.ended
     assert not holder.detach(session, older)
     assert session.stream is newer
+
+
+@pytest.mark.parametrize(("sides", "in_flight"), [((1, 1), 1), ((1, 1), 64), ((1,) * 16, 64)])
+def test_many_tiny_snapshots_take_no_more_than_their_session_is_charged_for(sides, in_flight):
+    blocks, many = manifest(*[sides] * 30, in_flight=in_flight), range(30)
+
+    def tiny(block: int, step: int) -> PackedBlock:
+        return PackedBlock(block, step, tuple(np.zeros(1, np.float32) for _ in sides))
+
+    gc.collect()
+    tracemalloc.start()
+    try:
+        session = session_of(blocks)
+        for step in range(1000, 1000 + 2 * in_flight + 1):
+            for block in many:
+                session.accept(tiny(block, step))
+                if step < 1000 + in_flight:
+                    session.begin(block)
+                    session.publish(tiny(block, step))
+        while session.next_unsent() is not None:
+            session.take_unsent()
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(session.blocks[0].waiting) == len(session.blocks[0].unreceipted) == in_flight
+    assert taken <= session.footprint.total
 
 
 _blocks = st.integers(0, 2)
