@@ -26,6 +26,9 @@ from preconditioner_service.sessions import Session
 _MOST_ANSWERS = 4096
 """Receipts and Nacks that wait to be written."""
 
+_MOST_SENT = 16384
+"""Preconditioners without a receipt: tiny ones would never use up the credit of bytes."""
+
 _RECEIPT_BYTES, _NACK_BYTES = 32, 2304
 """The largest that one of them can be in a message."""
 
@@ -291,7 +294,8 @@ class ExchangeStream:
         """Preconditioners while there is credit, each taken from the board when its turn has come."""
         session = self._session
         while not session.closed and session.stream is self and (item := session.next_unsent()) is not None:
-            if self._sent and self._sent_bytes + item.nbytes > self._credit_bytes:
+            full = len(self._sent) >= _MOST_SENT or self._sent_bytes + item.nbytes > self._credit_bytes
+            if self._sent and full:
                 return  # a receipt wakes the writer
             session.take_unsent()
             self._sent[item.block, item.step] = item.nbytes

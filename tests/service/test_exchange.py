@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import numpy as np
 import psutil
@@ -9,6 +11,8 @@ import pytest
 
 from preconditioner_protos import PackedBlock, chunk_messages, pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service import exchange
+from preconditioner_service.board import Board
 from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 
@@ -210,3 +214,32 @@ def test_half_close_is_answered_with_ok_and_all_receipts(trainer, job):
     stream.until(lambda: stream.ended)
     assert stream.code is grpc.StatusCode.OK
     assert len(stream.receipts) == 500
+
+
+def test_pushes_without_a_receipt_are_limited_in_number_too(monkeypatch):
+    """However large the credit of bytes is that the trainer claims."""
+    monkeypatch.setattr(exchange, "_MOST_SENT", 3)
+
+    async def scenario():
+        board = Board(1 << 30, 10.0)
+        session, _ = board.open(open_request("job", manifest((1,))))
+        stream = exchange.ExchangeStream(
+            session, None, None,
+            credit_bytes=2**40, max_message_bytes=2**20, idle_timeout=1.0, turns=exchange.Turns(),
+        )  # fmt: skip
+        board.attach(session, stream)
+        pushed: list[int] = []
+
+        def publish(step: int) -> None:
+            session.publish(PackedBlock(0, step, (np.zeros(1, np.float32),)))
+            pushed.extend(item.step for item in stream._pushes())
+
+        for step in range(1, 6):
+            publish(step)
+        assert pushed == [1, 2, 3]
+        stream._receipted(0, 1)
+        pushed.extend(item.step for item in stream._pushes())
+        assert pushed == [1, 2, 3, 5], "the newest, as it won meanwhile"
+        assert stream.unanswered == 3
+
+    asyncio.run(scenario())
