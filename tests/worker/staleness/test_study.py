@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from preconditioner_worker.cli import main
+from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness import RunSpec, StudyRun, StudySettings, train
-from preconditioner_worker.staleness.rates import rate
+from preconditioner_worker.staleness.commands import StalenessRun
+from preconditioner_worker.staleness.rates import RateTuning, committed_path, rate, rates
 from preconditioner_worker.staleness.real import RealComparison, first_difference, largest_difference
-from preconditioner_worker.staleness.results import read
+from preconditioner_worker.staleness.results import read, write
 
 A10 = RunSpec(method="A", n=10, statistics="sum", grafting=True, seed=0)
 SHORT = ["--arms", "A", "--delays", "10", "--statistics", "sum", "--grafting", "on", "--steps", "60",
@@ -75,6 +77,37 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         with pytest.raises(SystemExit):
             main(["staleness", *options])
         assert said in capsys.readouterr().err
+
+
+def test_a_study_without_a_tuned_rate_begins_no_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    with pytest.raises(SystemExit):
+        main(["staleness", "run", "--folder", str(folder), "--statistics", "ema", "--grafting", "on,off"])
+    assert "--optimizers shampoo-ema-grafted,shampoo-ema-ungrafted" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not folder.exists()
+
+
+def test_the_defaults_need_no_tuning() -> None:
+    assert set(rates("text", StalenessRun().specs())) == {
+        "adagrad", "adamw", "diagonal", "shampoo-sum-grafted"
+    }  # fmt: skip
+
+
+def test_an_interrupted_tuning_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(committed_path("text", A10.tuned_as), RateTuning)
+    partial = whole.model_copy(update={"trials": whole.trials[:-1]})
+    monkeypatch.setattr(
+        "preconditioner_worker.staleness.rates.committed_path", lambda *_: tmp_path / "part.json"
+    )
+    write(tmp_path / "part.json", partial)
+    with pytest.raises(ResultError, match="tuned over its whole grid"):
+        rate("text", A10)
+    write(tmp_path / "part.json", whole)
+    assert rate("text", A10) == whole.best
 
 
 def test_series_are_compared_bit_by_bit() -> None:

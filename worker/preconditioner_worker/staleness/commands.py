@@ -15,7 +15,7 @@ from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness.arms import PUBLISHED_N, ArmKind
 from preconditioner_worker.staleness.execution import Job, execute
 from preconditioner_worker.staleness.fingerprint import Fingerprint
-from preconditioner_worker.staleness.rates import GRIDS, rate, tune
+from preconditioner_worker.staleness.rates import GRIDS, rate, rates, tune
 from preconditioner_worker.staleness.real import REAL_FILE, compare
 from preconditioner_worker.staleness.report import headline, report
 from preconditioner_worker.staleness.results import Study, write
@@ -51,10 +51,10 @@ class StalenessRun(_Options):
     """Values of N and D; 1 is always among them."""
     seeds: list[Seed] = [0, 1, 2, 3, 4]
     """One run of each condition per seed."""
-    statistics: list[Statistics] = ["sum", "ema"]
-    """Accumulated as a sum (published), as an EMA, or both in turn."""
-    grafting: list[Literal["on", "off"]] = ["on", "off"]
-    """Whether a step has AdaGrad's length."""
+    statistics: list[Statistics] = ["sum"]
+    """Accumulated as a sum (published), as an EMA, or both in turn; an EMA needs 'staleness tune' first."""
+    grafting: list[Literal["on", "off"]] = ["on"]
+    """Whether a step has AdaGrad's length; off needs 'staleness tune' first."""
     controls: bool = True
     """Run AdamW without decay, AdaGrad, the grafted diagonal, the first one frozen, random directions, and a
     late start."""
@@ -73,9 +73,11 @@ class StalenessRun(_Options):
         settings = StudySettings(
             task=self.task, steps=self.steps, evaluate_every=self.evaluate_every, blend_steps=self.blend_steps
         )
+        # Before the folder is begun: without a rate there is no study.
+        tuned = rates(self.task, self.specs())
+        wanted = [Job(spec, tuned[spec.tuned_as]) for spec in self.specs()]
         study = Study(self.folder)
         study.begin(Fingerprint.here(settings))
-        wanted = [Job(spec, rate(self.task, spec)) for spec in self.specs()]
         todo = [job for job in wanted if study.load(job.spec, job.lr) is None]
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are there already", highlight=False)
         execute(todo, settings, processes=self.jobs, console=console, done=study.save)

@@ -6,7 +6,7 @@ Tuned at a quarter of the study's length, with a seed that the study does not us
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -84,18 +84,33 @@ def committed_path(task: str, optimizer: str) -> Path:
 
 
 def rate(task: str, spec: RunSpec) -> float:
-    """The tuned learning rate of a run.
+    """The tuned learning rate of a run; see :func:`rates`."""
+    return rates(task, [spec])[spec.tuned_as]
+
+
+def rates(task: str, specs: Iterable[RunSpec]) -> dict[str, float]:
+    """The tuned learning rates of runs, by :attr:`RunSpec.tuned_as`.
 
     Raises:
-        ResultError: its optimizer was not tuned on this task.
+        ResultError: an optimizer was not tuned on this task, or not over the whole of its grid.
     """
-    path = committed_path(task, spec.tuned_as)
-    if not path.exists():
+    optimizers = sorted({spec.tuned_as for spec in specs})
+    tunings = {
+        optimizer: read(path, RateTuning)
+        for optimizer in optimizers
+        if (path := committed_path(task, optimizer)).exists()
+    }
+    untuned = [
+        optimizer
+        for optimizer in optimizers
+        if optimizer not in tunings or {t.lr for t in tunings[optimizer].trials} != set(GRIDS[optimizer])
+    ]
+    if untuned:
         raise ResultError(
-            f"no learning rate of {spec.tuned_as!r} is tuned on the task {task!r}: first run "
-            f"'preconditioner-worker staleness tune --task {task} --optimizers {spec.tuned_as}'"
+            f"no learning rate of {', '.join(untuned)} is tuned over its whole grid on {task!r}: first "
+            f"run 'preconditioner-worker staleness tune --task {task} --optimizers {','.join(untuned)}'"
         )
-    return read(path, RateTuning).best
+    return {optimizer: tuning.best for optimizer, tuning in tunings.items()}
 
 
 def tuning_spec(optimizer: str) -> RunSpec:
