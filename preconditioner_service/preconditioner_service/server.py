@@ -179,19 +179,23 @@ class Service:
 
     def policy_changed(self) -> None:
         """End the streams that would not be let in any more, and give jobs what they may have from now on."""
-        policy = self._policy()
         for stream, caller in self._streams.items():
-            if not policy.knows(caller):
-                stream.end_with(
-                    grpc.StatusCode.UNAUTHENTICATED, "the token is no longer good: use the new one"
-                )
-            elif not policy.opens(caller, stream.job):
-                stream.end_with(
-                    grpc.StatusCode.PERMISSION_DENIED, f"the token no longer opens job {stream.job!r}"
-                )
+            if (end := self._revoked(caller, stream.job)) is not None:
+                stream.end_with(end.code, str(end))
         for job in self._board.jobs:
             self._govern(job)
         self._dispatcher.kick()
+
+    def _revoked(self, caller: Caller, job: str) -> EndOfStream | None:
+        """How a stream ends whose caller was let in and would not be any more."""
+        policy = self._policy()
+        if not policy.knows(caller):
+            return EndOfStream(
+                grpc.StatusCode.UNAUTHENTICATED, "the token is no longer good: use the new one"
+            )
+        if not policy.opens(caller, job):
+            return EndOfStream(grpc.StatusCode.PERMISSION_DENIED, f"the token no longer opens job {job!r}")
+        return None
 
     async def Exchange(self, data: bytes, context: Context) -> None:
         """See the protocol.
@@ -208,6 +212,8 @@ class Service:
         )
         if session.closed:
             raise EndOfStream(grpc.StatusCode.ABORTED, "the session was closed meanwhile")
+        if (end := self._revoked(current_caller(), session.job.name)) is not None:
+            raise end  # the policy changed while the answer was on its way, when this was no stream yet
         stream = self._attach(session, attach, context)
         why = "connection lost"
         try:

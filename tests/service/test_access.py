@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from in_process_service import InProcessService
-from preconditioner_service import tokens
+from preconditioner_service import calls, server, tokens
 from raw_trainer import manifest, open_request, statistics, wait_for
 
 
@@ -142,6 +142,21 @@ def test_a_token_that_opens_other_jobs_only_ends_the_stream_with_permission_deni
     jobs.write(entry("a", "else"), entry("b", "token-a"))
     stream.until(lambda: stream.ended)
     assert stream.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_token_that_is_revoked_while_its_stream_attaches_is_out(jobs, trainers, service, monkeypatch):
+    trainer = trainers("token-a")
+    trainer.open(open_request("a", manifest((4,))))
+
+    async def answer(context, message, seconds) -> None:
+        await calls.answer(context, message, seconds)
+        jobs.write(entry("a", "new-a"), entry("b", "token-b"))
+        service._run._reload(at_once=True)
+
+    monkeypatch.setattr(server, "answer", answer)
+    stream = trainer.attach()
+    stream.until(lambda: stream.ended)
+    assert stream.code is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_broken_jobs_file_locks_nobody_out(jobs, trainers, service):
