@@ -35,7 +35,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # Of the pings that measure the bandwidth; while one is out no keepalive is sent, and gRPC's own is 60 s.
-    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Channels share nothing, so that a new one tries at once and does not inherit an old one's backoff.
