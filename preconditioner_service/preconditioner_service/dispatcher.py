@@ -28,6 +28,9 @@ _QUARANTINED = (
     "(--quarantine-seconds), or until the operator sends the service SIGUSR1"
 )
 
+_MOST_WHY = 500
+"""Characters of an unforeseen error in the log."""
+
 
 class Pool(Protocol):
     """What is needed of :class:`preconditioner_service.pool.RayPool`."""
@@ -135,10 +138,15 @@ class Dispatcher:
     ) -> None:
         try:
             outcomes = await running
-        except BatchLostError as error:
+        except Exception as error:
+            if isinstance(error, BatchLostError):
+                lost = error
+            else:  # as for want of memory here; its blocks must not wait for ever
+                event(logging.ERROR, "batch failed", why=repr(error)[:_MOST_WHY])
+                lost = BatchLostError(type(error).__name__, computing=True)
             for session, snapshot, estimate in work:
                 session.job.share.done(estimate)
-                self._lost(session, snapshot, error)
+                self._lost(session, snapshot, lost)
         else:
             for (session, snapshot, estimate), outcome in zip(work, outcomes, strict=True):
                 # A job pays for what its matrices took; failures do not say, so there the estimate stands.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from preconditioner_service.local_ray import RayDirectory, private_environment
-from preconditioner_service.logs import event
+from preconditioner_service.logs import event, limited
 from preconditioner_service.ray_link import check_reachable, node_is_alive, until_lost
 from preconditioner_service.root_worker import RootWorker
 from preconditioner_service.tasks import RootOutcome, RootTask
@@ -315,7 +315,7 @@ class RayPool:
         except asyncio.TimeoutError:
             if not worker.batches:  # or it works, and has the batch's own deadline
                 self._lost(worker, f"no sign of life for {_PING_TIMEOUT:.0f} s", kill=True)
-        except self._ray.exceptions.RayError as error:
+        except Exception as error:  # of Ray's kinds or not: who asks the others must go on
             self._lost(worker, type(error).__name__)
 
     def _revive(
@@ -326,19 +326,26 @@ class RayPool:
         task.add_done_callback(self._revivals.discard)
 
     async def _until_alive(self, worker: Worker, first: asyncio.Future[None] | None, kill: bool) -> None:
-        if kill:
-            await self._call(lambda: self._ray.kill(worker.actor, no_restart=False))
-        pause = _FIRST_PAUSE
+        pause, dead = _FIRST_PAUSE, False
         while True:
             try:
+                if dead:
+                    worker.actor = await self._call(self._make_actor)
+                elif kill:
+                    await self._call(lambda: self._ray.kill(worker.actor, no_restart=False))
+                dead = kill = False
                 future: Future[int] = await self._call(lambda: worker.actor.ping.remote().future())
                 worker.pid = await asyncio.wait_for(asyncio.wrap_future(future), _PING_TIMEOUT)
                 break
-            except (self._ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            except Exception as error:  # of Ray's kinds or not: the worker would be lost for good
                 self._last_error = str(error) or type(error).__name__
-                if isinstance(error, self._ray.exceptions.ActorDiedError):
-                    # For good, although restarts are unlimited: its constructor failed, or its node left.
-                    worker.actor = await self._call(self._make_actor)
+                # For good, although restarts are unlimited: its constructor failed, or its node left.
+                dead = dead or isinstance(error, self._ray.exceptions.ActorDiedError)
+                if not isinstance(error, (self._ray.exceptions.RayError, asyncio.TimeoutError)):
+                    why = self._last_error
+                    limited(
+                        logging.WARNING, "worker not reached", worker.number, worker=worker.number, why=why
+                    )
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         worker.alive = True

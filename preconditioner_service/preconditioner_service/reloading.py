@@ -61,14 +61,16 @@ class Reloading(Generic[T]):
             self._tried = now
             try:
                 self.value = self._load()
-            except FileError as error:
-                if str(error) != self._problem:
-                    self._problem = str(error)
+            except Exception as error:  # whatever it is, other files must go on being looked at
+                # Texts of other errors may show what a file holds.
+                problem = str(error) if isinstance(error, FileError) else type(error).__name__
+                if problem != self._problem:
+                    self._problem = problem
                     event(
                         logging.ERROR,
                         "not reloaded",
                         what=self._what,
-                        reason=error,
+                        reason=problem,
                         note="the last good one holds",
                     )
                 return False

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -98,6 +99,7 @@ class _Run:
         self._access = settings.open_policy()
         self._tls = None if settings.tls_cert is None else settings.open_tls()
         self._ray_lost = ""
+        self._broken = ""
         self._stop = asyncio.Event()
         self._grace = settings.drain_grace
         self._dispatcher = Dispatcher(
@@ -169,6 +171,8 @@ class _Run:
             event(logging.INFO, "stopped")
         if self._ray_lost:
             raise RayLostError(self._ray_lost)
+        if self._broken:
+            raise ServeError(f"a fault of the service: {self._broken}; start it again")
 
     async def _watch_ray(self) -> None:
         why = await self._pool.until_lost()
@@ -180,9 +184,11 @@ class _Run:
         address = self._listen(server)
         await server.start()
         self._health.set(True)
-        expiring = asyncio.create_task(self._service.expire_sessions())
-        reloading = asyncio.create_task(self._keep_reloading())
-        recording = asyncio.create_task(self._record_held())
+        background = [
+            self._background("expire sessions", self._service.expire_sessions()),
+            self._background("reload files", self._keep_reloading()),
+            self._background("record history", self._record_held()),
+        ]
         try:
             self._ready(address)
             await stopping
@@ -195,10 +201,22 @@ class _Run:
             if self._history is not None:
                 self._history.drain_ended(settled)
         finally:
-            expiring.cancel()
-            reloading.cancel()
-            recording.cancel()
+            for task in background:
+                task.cancel()
             await server.stop(_STOP_SECONDS)
+
+    def _background(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Without one of these the service would go on, but not hold what it promises: so it ends."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._broken = f"{name}: {error!r}"
+                event(logging.ERROR, "background task failed", task=name, why=repr(error))
+                self._stop.set()
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(ended)
+        return task
 
     async def _record_held(self) -> None:
         while self._history is not None:

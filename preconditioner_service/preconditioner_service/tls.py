@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 
 from preconditioner_service.files import FileError, read, warn_if_exposed
@@ -61,10 +62,12 @@ def load(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCer
     chain_pem, key_pem = read(certificate, "tls_cert"), read(key, "tls_key")
     leaf = _certificates(chain_pem, "tls_cert", certificate)[0]
     try:
-        private = serialization.load_pem_private_key(key_pem, None)
+        fits = serialization.load_pem_private_key(key_pem, None).public_key() == leaf.public_key()
+    except UnsupportedAlgorithm as error:
+        raise FileError(f"tls_key {key} or tls_cert {certificate}: {error}; use RSA or ECDSA") from None
     except (ValueError, TypeError):  # a TypeError asks for a passphrase
         raise FileError(f"tls_key {key}: no PEM private key without a passphrase") from None
-    if private.public_key() != leaf.public_key():
+    if not fits:
         raise FileError(f"tls_key {key} is not the key of tls_cert {certificate}")
     if leaf.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
         raise FileError(

@@ -374,6 +374,27 @@ def test_a_job_held_back_by_its_rate_goes_on_by_itself_with_its_newest_snapshot(
     run(scenario)
 
 
+def test_an_unforeseen_failure_is_a_lost_batch_and_its_blocks_are_tried_again():
+    async def scenario():
+        bench = Bench((4,), quarantine=Quarantine(QuarantineLimits(after=3)))
+        bench.snapshot(0, 1)
+        bench.dispatcher.kick()
+        for _ in range(2):
+            bench.pool.calls.pop()[2].set_exception(MemoryError())
+            await settle()
+        await bench.pool.succeed()
+        assert bench.published() == [(0, 1)]
+        bench.snapshot(0, 2)
+        bench.dispatcher.kick()
+        for _ in range(3):
+            bench.pool.calls.pop()[2].set_exception(MemoryError())
+            await settle()
+        assert not bench.pool.calls, "it is not tried for ever"
+        assert "MemoryError" in bench.stream.nacks[0].detail
+
+    run(scenario)
+
+
 def test_work_in_flight_is_given_back_by_results_losses_and_closed_sessions():
     async def scenario():
         bench = Bench(*[(64,)] * 4, blocks=1)

@@ -113,3 +113,16 @@ def test_new_files_have_their_mode_whatever_the_umask(tmp_path):
     with pytest.raises(FileExistsError):
         files.write_new(path, b"y", 0o600)
     assert path.read_bytes() == b"x"
+
+
+def test_an_unforeseen_error_changes_nothing_and_its_text_is_not_told(number, events):
+    def load() -> int:
+        return int(number.read_text())
+
+    reloading = Reloading("number", [number], load)
+    number.write_text("secret")
+    assert not reloading.refresh(at_once=True)
+    assert reloading.value == 1
+    assert events() == [("ERROR", "not reloaded")]
+    number.write_text("22")
+    assert reloading.refresh(at_once=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import logging
@@ -9,6 +10,8 @@ import shutil
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from in_process_service import InProcessService
 from preconditioner_client import ExchangeError
@@ -164,12 +167,23 @@ def expired(directory, monkeypatch) -> CertificateFiles:
     return make_certificates(directory, ["localhost"], days=-1)
 
 
+def of_an_unknown_curve() -> bytes:
+    """A key that is well-formed: SM2's number stands in the place of P-256's."""
+    kinds = serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(*kinds)
+    p256, sm2 = bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a811ccf5501822d")
+    assert p256 in key
+    text = base64.encodebytes(key.replace(p256, sm2)).decode()
+    return f"-----BEGIN PRIVATE KEY-----\n{text}-----END PRIVATE KEY-----\n".encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
         ("server.pem", None, r"tls_cert .*server\.pem: No such file"),
         ("server.pem", b"nonsense", r"tls_cert .*server\.pem: no PEM certificate"),
         ("server.key", b"nonsense", r"tls_key .*server\.key: no PEM private key without a passphrase"),
+        ("server.key", of_an_unknown_curve(), r"tls_key .*server\.key .*use RSA or ECDSA"),
         ("ca.pem", b"", r"tls_client_ca .*ca\.pem: no PEM certificate"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import logging
 import re
@@ -10,11 +12,12 @@ import sys
 
 import pytest
 
-from preconditioner_service import logs, reaper
+from preconditioner_service import logs, reaper, serve
 from preconditioner_service.local_ray import RayDirectory, private_environment
 from preconditioner_service.pool import deadline
 from preconditioner_service.quotas import QuotaError, Quotas, Usage
 from preconditioner_service.sessions import MAX_DEPTH, budget_bytes
+from preconditioner_service.settings import ServeSettings
 from raw_trainer import manifest, wait_for
 
 
@@ -126,3 +129,22 @@ def test_sockets_of_ray_fit_below_the_directory(monkeypatch, tmp_path):
         assert len(str(socket)) <= 107
     finally:
         directory.remove()
+
+
+def test_a_fault_of_a_background_task_drains_and_ends_the_service(monkeypatch):
+    async def main() -> None:
+        run = serve._Run(ServeSettings(token="token-of-a-test"), io.StringIO())
+
+        async def nothing() -> None:
+            pass
+
+        async def fails() -> None:
+            raise KeyError("lost")
+
+        monkeypatch.setattr(run, "_watch", lambda: None)
+        monkeypatch.setattr(run._pool, "start", nothing)
+        monkeypatch.setattr(run._service, "expire_sessions", fails)
+        await asyncio.wait_for(run.main(), 20)
+
+    with pytest.raises(serve.ServeError, match="expire sessions: KeyError"):
+        asyncio.run(main())
