@@ -115,7 +115,7 @@ class Dispatcher:
                 nbytes=session.statistics.block_bytes(index),
                 version=block.version,
                 newest_step=session.newest_step,
-                alone=block.losses > 0,
+                alone=block.losses > 0 or block.quarantined_until is not None,
             )
 
     def _start(self, worker: Worker, batch: Batch[Session]) -> None:
@@ -146,7 +146,7 @@ class Dispatcher:
                 lost = BatchLostError(type(error).__name__, computing=True)
             for session, snapshot, estimate in work:
                 session.job.share.done(estimate)
-                self._lost(session, snapshot, lost)
+                self._lost(session, snapshot, lost, shared=len(work) > 1)
         else:
             for (session, snapshot, estimate), outcome in zip(work, outcomes, strict=True):
                 # A job pays for what its matrices took; failures do not say, so there the estimate stands.
@@ -167,11 +167,11 @@ class Dispatcher:
         else:
             self._fail(session, snapshot, outcome.reason, outcome.detail)
 
-    def _lost(self, session: Session, snapshot: PackedBlock, error: BatchLostError) -> None:
+    def _lost(self, session: Session, snapshot: PackedBlock, error: BatchLostError, *, shared: bool) -> None:
         if session.closed:
             return
         block = session.blocks[snapshot.block]
-        if not error.computing or not self._quarantine.lost(block):
+        if not error.computing or not self._quarantine.lost(block, shared=shared):
             session.requeue(snapshot.block)
             return
         event(

@@ -45,9 +45,11 @@ class Quarantine:
         """Whether the block's snapshots must not be computed now."""
         return block.quarantined_until is not None and self._clock() < block.quarantined_until
 
-    def lost(self, block: BlockState) -> bool:
-        """A worker died computing this block; returns whether it is set aside from now on."""
+    def lost(self, block: BlockState, *, shared: bool) -> bool:
+        """A worker died on this block, or on a batch that it shared; whether it is set aside from now on."""
         block.losses += 1
+        if shared:
+            return False  # which of them it was shows when each travels alone
         # One that was set aside before has one try, not the whole budget.
         if block.losses < self.limits.after and block.quarantined_until is None:
             return False

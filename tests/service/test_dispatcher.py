@@ -240,6 +240,31 @@ def test_after_its_time_a_quarantined_block_has_one_try():
     run(scenario)
 
 
+@pytest.mark.parametrize("after", [1, 3])
+def test_blocks_that_share_a_batch_with_a_deadly_one_are_not_set_aside(after):
+    """Nor when it is tried again after its quarantine: it travels alone then."""
+
+    async def scenario():
+        bench, clock = poisoned(after=after)
+        bench.snapshot(0, 1)
+        bench.snapshot(1, 1)
+        bench.dispatcher.kick()
+        assert len(bench.pool.calls[0][1]) == 2
+        await bench.pool.lose()
+        await bench.pool.succeed(1)
+        for _ in range(max(after - 1, 1)):
+            await bench.pool.lose()
+        assert bench.published() == [(1, 1)]
+        assert [(nack.block, nack.step) for nack in bench.stream.nacks] == [(0, 1)]
+        clock.now = 60.0
+        bench.snapshot(0, 2)
+        bench.snapshot(1, 2)
+        bench.dispatcher.kick()
+        assert [len(tasks) for _, tasks, _ in bench.pool.calls] == [1, 1]
+
+    run(scenario)
+
+
 def test_the_operator_ends_quarantines():
     async def scenario():
         bench, _ = poisoned(after=1)
