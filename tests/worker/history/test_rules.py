@@ -65,6 +65,11 @@ def a_wait_longer_than_its_timeout(story):
 
 
 @planted("step_time", 1)
+def one_stall_in_a_long_life(story):
+    story.change(story.find(Kind.STEP_ENDED, 30), data={"seconds": 3.5})
+
+
+@planted("step_time", 1, step_count=60)
 def slow_steps(story):
     for position in range(4):
         story.change(story.find(Kind.STEP_ENDED, position), data={"seconds": 2.0})
@@ -258,6 +263,13 @@ def test_a_planted_fault_is_found(tell, tmp_path, check, rule, spoil, settings, 
     found = check_history(story.write(tmp_path), expectations=expected(tmp_path, **expectations))
     assert (check, rule) in {(violation.check, violation.rule) for violation in found}
     assert all(violation.message and violation.events for violation in found)
+
+
+def test_a_short_life_has_no_percentile_and_waits_are_no_stall(tell, tmp_path):
+    story = tell()
+    story.change(story.find(Kind.STEP_ENDED, 30), data={"seconds": 2.0})
+    story.change(story.find(Kind.STEP_ENDED, 31), data={"seconds": 8.0, "waited": 7.9})
+    assert check_history(story.write(tmp_path), expectations=expected(tmp_path)) == []
 
 
 def test_every_check_has_a_planted_fault(tell, tmp_path):

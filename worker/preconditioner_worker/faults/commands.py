@@ -75,7 +75,11 @@ class CheckHistory(BaseModel):
     roots: Annotated[int, Field(ge=0)] = 2000
     """How many preconditioners are computed again at most."""
     step_factor: Annotated[float, Field(gt=0)] = 20.0
-    """The 99th percentile of a job's steps is at most so many of its median steps, or 0.25 s."""
+    """The 99th percentile of a job's steps is at most so many of its median steps, or --step-seconds."""
+    step_seconds: Annotated[float, Field(gt=0)] = 0.25
+    """A 99th percentile that is always allowed: a loaded machine keeps a process waiting for its core."""
+    longest_step: Annotated[float, Field(gt=0)] = 3.0
+    """No single step takes longer, nor so many medians as --step-factor says."""
     service_rss: Annotated[int | None, Field(ge=1)] = None
     """Resident bytes that the service may have; null: not bounded."""
     json_file: Annotated[Path | None, Field(alias="json")] = None
@@ -89,6 +93,8 @@ class CheckHistory(BaseModel):
                 matrices=self.matrices,
                 roots=self.roots,
                 step_factor=self.step_factor,
+                step_seconds=self.step_seconds,
+                longest_step=self.longest_step,
                 service_rss=self.service_rss,
             ),
         )

@@ -39,9 +39,11 @@ class Expectations:
     Attributes:
         matrices: folder of the saved matrices; with it roots are computed again. None: digests alone.
         roots: how many adopted preconditioners are computed again at most, spread evenly over the run.
-        step_percentile: of the durations of a job's steps (less the declared waits) that is bounded.
-        step_factor: the bound as a multiple of the job's median step...
+        step_percentile: of the durations of a process's steps (less the declared waits) that is bounded.
+        step_count: least number of steps that have such a percentile.
+        step_factor: the bound as a multiple of the process's median step...
         step_seconds: ...or this many seconds, whichever is more.
+        longest_step: seconds that no single step may exceed, nor ``step_factor`` medians, whichever is more.
         wait_slack: seconds that a step may wait beyond ``stale_timeout``, for a loaded machine's scheduler.
         unwritten_seconds: how long before its last line a killed process may have said what is missing.
         service_rss: resident bytes that the service's process may have; None: not bounded.
@@ -52,8 +54,10 @@ class Expectations:
     matrices: Path | None = None
     roots: int = 2000
     step_percentile: float = 99.0
+    step_count: int = 300
     step_factor: float = 20.0
     step_seconds: float = 0.25
+    longest_step: float = 3.0
     wait_slack: float = 2.0
     unwritten_seconds: float = 10.0
     service_rss: int | None = None
