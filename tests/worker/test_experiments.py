@@ -79,6 +79,9 @@ def test_all_contenders_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (row.final_loss_deviation is None) == (row.label == "sgd")
         assert row.steps_ratio_range[0] <= row.steps_ratio_range[1]
     assert len(list(folder.glob("*-seed?.json"))) == 3 * len(CONTENDERS)
+    made = sorted(folder.glob("*-seed?.json"), key=lambda path: path.stat().st_mtime_ns)
+    seeds = [path.stem[-1] for path in made]
+    assert seeds == sorted(seeds)  # contenders of one seed run next to each other
     assert (folder / "curves.png").exists()
     assert "diverged" in capsys.readouterr().out
     monkeypatch.setattr(experiments, "train", None)

@@ -176,7 +176,8 @@ class Compare(OptimizerOptions):
         """See :class:`Command`."""
         workload = open_workload(self.workload, text=self.text)
         names = dict.fromkeys([self.baseline, *self.optimizers])
-        runs = [self._run_settings(n, seed, self.steps.get(n)) for n in names for seed in self.seeds]
+        # Seed by seed, so that what is compared ran on the machine at about the same time.
+        runs = [self._run_settings(n, seed, self.steps.get(n)) for seed in self.seeds for n in names]
         folder = RUNS / (self.name or f"compare-{self.workload}")
         results = run_all(workload, runs, folder, console, resume=True)
         _, picture = conclude(results, self.baseline, folder, console)
