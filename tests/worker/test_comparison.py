@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from preconditioner_worker.comparison import StepTime, compare, crossing, table
+from preconditioner_worker.comparison import Comparison, StepTime, compare, crossing, table, tuned
 from preconditioner_worker.results import ResultError
+from preconditioner_worker.tuning import committed
 
 
 def test_crossing_is_the_first_evaluation_at_or_below_the_target(make_run):
@@ -71,6 +73,33 @@ def test_step_times(make_run):
     assert time.median == pytest.approx(50.5)
     assert time.p99 == pytest.approx(99.01)
     assert time.optimizer_median == pytest.approx(50.0)
+
+
+def test_a_row_says_what_its_hyperparameters_rest_on(make_run):
+    tuning = committed("text", "adamw")
+    run = make_run("adamw", [3.0, 2.0])
+    best = run.model_copy(update={"settings": run.settings.model_copy(update={"optimizer": tuning.best})})
+    shampoo = make_run("shampoo", [3.0, 2.0])  # its default service is not the tuning's: no hyperparameter
+    local = committed("text", "shampoo").best.model_copy(update={"service": "host:50051"})
+    shampoo = shampoo.model_copy(
+        update={"settings": shampoo.settings.model_copy(update={"optimizer": local})}
+    )
+    sgd = make_run("sgd", [3.0, 2.0])
+    set_by_hand = sgd.settings.optimizer.model_copy(update={"lr": 0.7})
+    kfac = make_run("kfac", [3.0, 2.0])
+    comparison = compare([best, shampoo, kfac], "adamw")
+    assert [row.tuned for row in comparison.rows] == ["12 trials", "12 trials", "default"]
+    assert tuned(sgd.settings.model_copy(update={"optimizer": set_by_hand})) == "own"
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(comparison))
+    assert "12 trials" in console.export_text()
+
+
+def test_a_comparison_without_it_is_read():
+    path = (
+        Path(__file__).parents[2] / "worker" / "results" / "compare" / "digits-batchnorm" / "comparison.json"
+    )
+    assert {row.tuned for row in Comparison.model_validate_json(path.read_text()).rows} == {None}
 
 
 def test_the_table_fits_a_narrow_terminal(make_run):

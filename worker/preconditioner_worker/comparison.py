@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.table import Table
 
-from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult, write_text
+from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult, RunSettings, write_text
+from preconditioner_worker.tuning import committed
 
 
 class StepTime(BaseModel):
@@ -58,6 +59,7 @@ class Row(BaseModel):
         steps_ratio_range: the least and the greatest of the seeds; infinite for one that misses the target.
         wall_ratio_range: of the same.
         step_ms: cost of a step.
+        tuned: what the hyperparameters rest on, see :func:`tuned`; None in files that are older than it.
     """
 
     # Seeds that miss the target have infinities; JSON has none, so they travel as strings and come back.
@@ -76,6 +78,7 @@ class Row(BaseModel):
     steps_ratio_range: tuple[float, float]
     wall_ratio_range: tuple[float, float]
     step_ms: StepTime
+    tuned: str | None = None
 
 
 class Comparison(BaseModel):
@@ -100,6 +103,19 @@ class Comparison(BaseModel):
     def save(self, path: Path) -> None:
         """Write as JSON."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def tuned(run: RunSettings) -> str:
+    """What a run's hyperparameters rest on: ``12 trials`` of the committed tuning, ``default`` or ``own``.
+
+    An optimizer that was tuned is at an advantage over one that was not.
+    """
+    # Where roots come from is no hyperparameter.
+    chosen = run.optimizer.model_dump(exclude={"service"})
+    tuning = committed(run.workload, run.optimizer.name)
+    if tuning is not None and chosen == tuning.best.model_dump(exclude={"service"}):
+        return f"{len(tuning.trials)} trials"
+    return "default" if chosen == type(run.optimizer)().model_dump(exclude={"service"}) else "own"
 
 
 def crossing(run: RunResult, target: float) -> EvaluationPoint | None:
@@ -159,6 +175,7 @@ def _row(label: str, runs: Sequence[RunResult], targets: dict[int, RunResult]) -
         steps_ratio_range=(min(step_ratios), max(step_ratios)),
         wall_ratio_range=(min(wall_ratios), max(wall_ratios)),
         step_ms=StepTime.of(runs),
+        tuned=tuned(runs[0].settings),
     )
 
 
@@ -195,7 +212,8 @@ def table(comparison: Comparison) -> Table:
     for row in comparison.rows:
         missed = "diverged" if row.diverged == row.seeds else "never"
         shown.add_row(
-            row.label if row.seeds == seeds else f"{row.label} x {row.seeds}",
+            (row.label if row.seeds == seeds else f"{row.label} x {row.seeds}")
+            + ("" if row.tuned is None else f"\n{row.tuned}"),
             _number(row.final_loss) + _spread(row.final_loss_deviation),
             str(row.steps),
             missed if row.steps_to_target is None else f"{row.steps_to_target:g}",

@@ -1,8 +1,9 @@
 """The grids behind the committed tunings.
 
-Every contender has five learning rates on every workload that is compared, a run's length each; decay,
-moments and the rest stay as each paper has them. AdamW and Shampoo on text, which the demonstration shows,
-have more stages.
+Every contender has five learning rates on every workload that is compared, a run's length each. The rest
+stays at the defaults of its settings, which are not always those of its paper: Adam and AdamW have beta2
+0.99. AdamW and Shampoo on text, which the demonstration shows, have more stages, twelve trials each; a
+comparison says of every row how many it had.
 """
 
 from __future__ import annotations
