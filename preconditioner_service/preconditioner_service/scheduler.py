@@ -36,6 +36,9 @@ NOMINAL_STALENESS = 200
 _LARGEST_AGE = 8.0
 """Of the bound: beyond it claims do not make a block more urgent."""
 
+_FRESH = 128
+"""Groups whose urgency is reckoned anew for each batch, on average: more would hold up the streams."""
+
 SourceT = TypeVar("SourceT", bound=Hashable)
 
 
@@ -77,6 +80,10 @@ class _Job:
     """A job that has sessions."""
 
     sources: dict[_Source[Any], None] = field(default_factory=dict)
+    heads: list[_Head[Any]] = field(default_factory=list)
+    """A heap of the groups that have waiting blocks, of each session."""
+    batches: int = 0
+    """Begun since the urgencies in ``heads`` were reckoned."""
     waiting: int = 0
     held: bool = True
     """It was idle, or its quotas held it back, since its last block."""
@@ -164,6 +171,8 @@ class Scheduler(Generic[SourceT]):
         job = known.job
         job.waiting -= len(known.waiting)
         del job.sources[known]
+        job.heads = [head for head in job.heads if head[2] is not known]
+        heapq.heapify(job.heads)
         if not job.sources:
             del self._jobs[share]
 
@@ -201,6 +210,8 @@ class Scheduler(Generic[SourceT]):
         if group is None:
             group = known.groups[lengths, alone] = _Group(next(self._arrivals), lengths, nbytes, alone)
         heapq.heappush(group.heap, (-1 if version is None else version, next(self._arrivals), block))
+        if len(group.heap) == 1:
+            heapq.heappush(job.heads, (self._urgency(known, group), group.number, known, group))
 
     def next_batch(self, now: float = 0.0) -> Batch[SourceT] | None:
         """Take the blocks of the least served jobs, of each the most urgent; ``None`` if none may be taken.
@@ -255,16 +266,19 @@ class Scheduler(Generic[SourceT]):
         return True
 
     def _heads(self, job: _Job) -> list[_Head[SourceT]]:
-        """The groups of a job that have waiting blocks, as a heap."""
-        heads = [
-            (self._urgency(known, group), group.number, known, group)
-            for known in job.sources
-            if known.waiting
-            for group in known.groups.values()
-            if group.heap
-        ]
-        heapq.heapify(heads)
-        return heads
+        """The groups of a job that have waiting blocks, as a heap.
+
+        As steps go by, urgencies change. Those of few groups are of now; of more than :data:`_FRESH` they are
+        of some batches ago, except where a group began to wait, or gave a block, since then.
+        """
+        job.batches += 1
+        if job.batches * _FRESH >= len(job.heads):
+            job.batches = 0
+            job.heads = [
+                (self._urgency(known, group), number, known, group) for _, number, known, group in job.heads
+            ]
+            heapq.heapify(job.heads)
+        return job.heads
 
     def _take(self, known: _Source[SourceT], group: _Group) -> int:
         _, _, block = heapq.heappop(group.heap)

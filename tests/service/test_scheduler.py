@@ -344,3 +344,27 @@ def test_every_block_is_handed_out_exactly_once(pushes):
     found = order(scheduler)
     assert len(found) == len(expected)
     assert set(found) == expected
+
+
+def test_a_batch_is_chosen_among_thousands_of_shapes_without_looking_at_all_of_them():
+    asked = 0
+
+    def estimate(lengths) -> float:
+        nonlocal asked
+        asked += 1
+        return cubic(lengths)
+
+    scheduler: Scheduler[str] = Scheduler(estimate, ALONE)
+    scheduler.open("s", Share("s"), 100)
+    for n in range(1, 5001):
+        push(scheduler, n, n, version=0, newest=1)
+    asked = 0
+    found = [scheduler.next_batch().blocks[0][1] for _ in range(200)]
+    assert asked < 200 * 200, "5000 shapes, 200 batches"
+    assert found == list(range(1, 201)), "and still the most urgent, by age and cost"
+    push(scheduler, 6000, 6000, version=None)
+    assert scheduler.next_batch().blocks == (("s", 6000),)
+    push(scheduler, 1, 1, version=-100, newest=1)
+    assert scheduler.next_batch().blocks == (("s", 1),)
+    scheduler.close("s", next(iter(scheduler._jobs)))
+    assert scheduler.next_batch() is None
