@@ -58,7 +58,7 @@ class Openings:
                 await asyncio.sleep(self._free_at - time.monotonic())
                 began = time.monotonic()
                 try:
-                    yield asyncio.to_thread
+                    yield _in_thread
                 finally:
                     now = time.monotonic()
                     self._free_at = now + _PAUSE * (now - began)
@@ -68,3 +68,15 @@ class Openings:
 
 async def _inline(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
+
+
+async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # A thread cannot be stopped: whoever resets calls at once would have one for each otherwise.
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # nobody else asks for it
+        raise

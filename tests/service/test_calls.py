@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import grpc
 import pytest
 
+from preconditioner_protos import ManifestError
 from preconditioner_service.calls import EndOfStream, WaitingRoom, abort, answer
 from preconditioner_service.openings import Openings
 
@@ -114,5 +116,34 @@ def test_large_requests_take_turns_and_small_ones_do_not_wait():
         for task in in_line:
             task.cancel()
         await asyncio.gather(*in_line, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_reset_keeps_its_turn_until_its_thread_is_done():
+    async def main() -> None:
+        openings = Openings()
+        goes_on, begun = threading.Event(), []
+
+        def work(number: int) -> None:
+            begun.append(number)
+            assert goes_on.wait(20)
+            raise ManifestError("of a call that is gone")
+
+        async def large(number: int) -> None:
+            async with openings.turn(2**20) as run:
+                await run(work, number)
+
+        calls = [asyncio.create_task(large(number)) for number in range(2)]
+        while not begun:
+            await asyncio.sleep(0.01)
+        calls[0].cancel()
+        await asyncio.sleep(0.1)
+        assert begun == [0]
+        assert not calls[0].done()
+        goes_on.set()
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(error) for error in ended] == [asyncio.CancelledError, ManifestError]
+        assert begun == [0, 1]
 
     asyncio.run(main())
