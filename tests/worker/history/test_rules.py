@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -263,6 +265,55 @@ def test_a_planted_fault_is_found(tell, tmp_path, check, rule, spoil, settings, 
     found = check_history(story.write(tmp_path), expectations=expected(tmp_path, **expectations))
     assert (check, rule) in {(violation.check, violation.rule) for violation in found}
     assert all(violation.message and violation.events for violation in found)
+
+
+def with_a_hole(story, source, kind, **fields):
+    """Write the story without one event, so that the numbers of its source show the gap."""
+    hole = story.find(kind, **fields)
+
+    def write(folder):
+        paths = story.write(folder)
+        of_source = [event for event in story.events if event.source == source]
+        path = folder / f"{source}.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        del lines[of_source.index(story.events[hole])]
+        path.write_bytes(b"".join(lines))
+        return paths
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"), [("acknowledged", Kind.SNAPSHOT_ACCEPTED), ("jobs", Kind.PUBLISHED)]
+)
+def test_what_a_hole_hides_is_neither_broken_nor_looked_at(tell, tmp_path, check, kind):
+    whole = examine(tell().write(tmp_path), expectations=expected(tmp_path))
+    write = with_a_hole(tell(), "service", kind, block=0, version=20)
+    holed = examine(write(tmp_path), expectations=expected(tmp_path))
+    assert holed.history.holes == 1
+    assert holed.violations == ()
+    # Neither it nor, in 'acknowledged', the drain.
+    assert whole.looked_at[check] - holed.looked_at[check] == (2 if check == "acknowledged" else 1)
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"), [("acknowledged", Kind.SNAPSHOT_ACCEPTED), ("jobs", Kind.PUBLISHED)]
+)
+def test_a_hole_excuses_nothing_beyond_the_life_of_its_source(tell, tmp_path, check, kind):
+    story = tell()
+    del story.events[story.find(kind, block=0, version=20)]
+    # Another service, long before, whose history has a hole.
+    story.events[:0] = [
+        dataclasses.replace(event, source="before", at=at, number=number)
+        for number, (event, at) in enumerate(
+            [(story.events[0], 10.0), (story.events[story.find(Kind.SERVICE_HELD)], 11.0),
+             (story.events[story.find(Kind.SERVICE_HELD)], 12.0), (story.events[-1], 13.0)]
+        )
+    ]  # fmt: skip
+    write = with_a_hole(story, "before", Kind.SERVICE_HELD)
+    report = examine(write(tmp_path), expectations=expected(tmp_path))
+    assert report.history.holes == 1
+    assert check in {violation.check for violation in report.violations}
 
 
 def test_a_short_life_has_no_percentile_and_waits_are_no_stall(tell, tmp_path):

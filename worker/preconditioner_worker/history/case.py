@@ -115,17 +115,13 @@ class Case:
     def may_be_unwritten(self, role: str, at: float) -> bool:
         """Whether a process of this role may have done something by ``at`` that its history does not show.
 
-        A process that was killed loses its last lines; one with holes, any; and where no process of the role
-        recorded at all, nothing can be missed.
+        A process that was killed loses its last lines; one with holes, any of its life, which others may have
+        seen a little later; and where no process of the role recorded at all, nothing can be missed.
         """
+        seconds = self.expectations.unwritten_seconds
         sources = [source for source in self.history.sources.values() if source.role == role]
         return not sources or any(
-            source.missing
-            or (
-                not source.closed
-                and source.first <= at
-                and source.last >= at - self.expectations.unwritten_seconds
-                and source.last <= at + self.expectations.unwritten_seconds
-            )
+            source.first <= at <= source.last + seconds
+            and (source.missing > 0 or (not source.closed and at >= source.last - seconds))
             for source in sources
         )

@@ -28,18 +28,21 @@ def _compare(case: Case, findings: Findings, made: Kind, seen: Kind, maker: str)
         for digest in event.data["digests"] or ():
             owners[digest].add((event.job or "", event.rank or 0))
     for event in case.of(seen):
-        findings.looked_at += 1
         digests = event.data["digests"]
+        if not digests:
+            continue
         candidates = [m for m in makings.get(key_of(event), ()) if m.at <= event.at]
-        if not digests or any(m.data["digests"] in (digests, None) for m in candidates):
+        if any(m.data["digests"] in (digests, None) for m in candidates):
+            findings.looked_at += 1
             continue
         strangers = {
             owner for digest in digests for owner in owners.get(digest, ()) if owner[0] != (event.job or "")
         }
+        if not strangers and case.may_be_unwritten(maker, event.at):
+            continue
+        findings.looked_at += 1
         if strangers:
             findings.broken(f"a matrix of job {min(strangers)[0]} reached job {event.job}", event)
-        elif case.may_be_unwritten(maker, event.at):
-            continue
         elif candidates:
             findings.broken(f"{seen.value}: another matrix than {made.value}", candidates[0], event)
         else:
