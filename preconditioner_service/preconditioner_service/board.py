@@ -238,9 +238,15 @@ class Board:
         if self.history is not None:
             self.history.held(self.sessions, self._budget_bytes)
 
-    def status(self) -> Iterator[pb.JobStatus]:
-        """What GetStatus says of every job; those without a session are known by their fence alone."""
+    def status(self, sees: Callable[[str], bool]) -> Iterator[pb.JobStatus]:
+        """What GetStatus says of each job; those without a session are known by their fence alone.
+
+        Args:
+            sees: whether a job, by its name, is asked for; of others no block is looked at.
+        """
         for job in (*self._jobs.values(), *self._fences.values()):
+            if not sees(job.name):
+                continue
             sessions = job.sessions.values()
             yield pb.JobStatus(
                 job=job.name,

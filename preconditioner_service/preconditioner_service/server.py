@@ -132,7 +132,7 @@ class Service:
             await run(grant.quotas.check_sides, manifest)
             footprint = await run(Footprint.of, manifest)
             self._check(request, grant, footprint)
-            plan = await run(Plan, request)
+            plan = await run(Plan, request, footprint)
             self._check(request, grant, footprint)  # others may have been opened meanwhile
             session, fenced = self._board.open(request, plan)
         except ManifestError as error:
@@ -283,7 +283,7 @@ class Service:
             draining=self._grace is not None,
             workers=self._workers(),
             uptime_seconds=time.monotonic() - self._began,
-            jobs=(job for job in self._board.status() if policy.sees(caller, job.job)),
+            jobs=self._board.status(lambda job: policy.sees(caller, job)),
         )
 
     def _available(self) -> None:

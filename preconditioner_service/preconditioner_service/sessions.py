@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from preconditioner_protos import Layout, PackedBlock
+from preconditioner_protos import Layout, PackedBlock, numpy_dtype
 from preconditioner_protos.history import Kind
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.history import SessionHistory
@@ -107,12 +107,16 @@ class Footprint:
     @classmethod
     def of(cls, manifest: pb.Manifest) -> Footprint:
         """From a manifest that keeps to the protocol."""
-        statistics = Layout.of_statistics(manifest)
-        largest = max(map(statistics.block_bytes, range(len(statistics))), default=0)
-        own = len(statistics) * _BLOCK_BYTES + 2 * manifest.ByteSize()
+        statistics, preconditioners = _layouts(manifest)
+        sizes = [statistics.block_bytes(block) for block in range(len(statistics))]
+        depth, total = depth_of(manifest), sum(sizes)
+        packed = (depth + 1) * total + depth * (
+            total // statistics.dtype.itemsize * preconditioners.dtype.itemsize
+        )
         matrices = sum(map(len, statistics.sides))
-        own += (2 * depth_of(manifest) + 1) * (len(statistics) * _ITEM_BYTES + matrices * _MATRIX_BYTES)
-        return cls(budget_bytes(manifest), _SESSION_BYTES + own + largest)
+        own = len(statistics) * _BLOCK_BYTES + 2 * manifest.ByteSize()
+        own += (2 * depth + 1) * (len(statistics) * _ITEM_BYTES + matrices * _MATRIX_BYTES)
+        return cls(packed, _SESSION_BYTES + own + max(sizes, default=0))
 
     @property
     def total(self) -> int:
@@ -125,19 +129,19 @@ class Plan:
 
     Args:
         request: checked against protocol and quotas.
+        footprint: of its manifest, if it was reckoned before.
     """
 
-    def __init__(self, request: pb.OpenSessionRequest) -> None:
+    def __init__(self, request: pb.OpenSessionRequest, footprint: Footprint | None = None) -> None:
         manifest = request.manifest
         self.manifest_bytes = manifest.SerializeToString(deterministic=True)
         self.depth = depth_of(manifest)
-        self.footprint = Footprint.of(manifest)
-        self.statistics = Layout.of_statistics(manifest)
-        self.preconditioners = Layout.of_preconditioners(manifest)
+        self.footprint = footprint or Footprint.of(manifest)
+        self.statistics, self.preconditioners = _layouts(manifest)
         self.blocks = [
             BlockState(
                 index,
-                tuple(side.length for side in block.sides),
+                self.statistics.sides[index],
                 tuple(side.root_order for side in block.sides),
                 # A copy, since a part of a message keeps all of it in memory.
                 pb.Ridge(kind=block.ridge.kind, value=block.ridge.value),
@@ -335,7 +339,10 @@ def depth_of(manifest: pb.Manifest) -> int:
 
 def budget_bytes(manifest: pb.Manifest) -> int:
     """The most packed bytes that a session with this manifest can make the board hold."""
-    depth = depth_of(manifest)
-    statistics = Layout.of_statistics(manifest).total_bytes()
-    preconditioners = Layout.of_preconditioners(manifest).total_bytes()
-    return (depth + 1) * statistics + depth * preconditioners
+    return Footprint.of(manifest).packed
+
+
+def _layouts(manifest: pb.Manifest) -> tuple[Layout, Layout]:
+    """Of statistics and of preconditioners; the sides, which take long to read, are the same."""
+    statistics = Layout.of_statistics(manifest)
+    return statistics, Layout(statistics.sides, numpy_dtype(manifest.preconditioner_dtype))

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preconditioner_protos import PackedBlock
+from preconditioner_protos import manifest as manifests
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board
-from preconditioner_service.sessions import Footprint, budget_bytes
+from preconditioner_service.sessions import Footprint, Plan, budget_bytes
 from raw_trainer import manifest, open_request
 
 
@@ -182,7 +183,7 @@ def test_the_epoch_of_a_job_without_sessions_is_still_told():
     jobs = board()
     session, _ = jobs.open(open_request("job", manifest((3,)), epoch=7))
     jobs.close(session, "over")
-    (status,) = jobs.status()
+    (status,) = jobs.status(lambda _: True)
     assert (status.job, status.epoch, status.ranks) == ("job", 7, 0)
 
 
@@ -268,6 +269,27 @@ def test_many_tiny_snapshots_take_no_more_than_their_session_is_charged_for(side
         tracemalloc.stop()
     assert len(session.blocks[0].waiting) == len(session.blocks[0].unreceipted) == in_flight
     assert taken <= session.footprint.total
+
+
+def test_a_manifest_whose_footprint_is_known_is_walked_over_once_more(monkeypatch):
+    walked = []
+    monkeypatch.setattr(
+        manifests, "_sides", lambda blocks, read=manifests._sides: walked.append(1) or read(blocks)
+    )
+    request = open_request("job", manifest((2,), (3, 4)))
+    footprint = Footprint.of(request.manifest)
+    session, _ = board().open(request, Plan(request, footprint))
+    assert len(walked) == 2
+    assert session.preconditioners.sides == session.statistics.sides == ((2,), (3, 4))
+
+
+def test_the_status_looks_at_no_block_of_a_job_that_is_not_asked_for():
+    holder = board()
+    for job in "ab":
+        holder.open(open_request(job, manifest((2,))))
+    (hidden,) = (session for session in holder.sessions if session.job.name == "b")
+    hidden.blocks = None  # as expensive as it may be
+    assert [job.job for job in holder.status(lambda job: job == "a")] == ["a"]
 
 
 _blocks = st.integers(0, 2)
