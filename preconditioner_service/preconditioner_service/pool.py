@@ -37,6 +37,9 @@ another job, which otherwise waits for both."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between attempts to reach an actor that is being restarted."""
 
+_START_TIMEOUT = 60.0
+"""Seconds until the first worker lives."""
+
 _PING_TIMEOUT = 30.0
 _HEARTBEAT = 5.0
 """Seconds after which a worker without work is asked whether it lives."""
@@ -71,7 +74,6 @@ class PoolSettings:
     worker_nice: int = 0
     object_store_bytes: int = 256 * 1024 * 1024
     batch_patience: float = 60.0
-    start_timeout: float = 60.0
 
 
 @dataclass(eq=False)
@@ -138,7 +140,7 @@ class RayPool:
         for worker in self.workers:
             self._revive(worker, first)
         try:
-            await asyncio.wait_for(first, self._settings.start_timeout)
+            await asyncio.wait_for(first, _START_TIMEOUT)
         except asyncio.TimeoutError:
             raise PoolError(await self._call(self._no_room)) from None
         self._heartbeat = asyncio.get_running_loop().create_task(self._keep_asking())
@@ -264,7 +266,7 @@ class RayPool:
         cpus = self._ray.cluster_resources().get("CPU", 0)
         free = self._ray.available_resources().get("CPU", 0)
         return (
-            f"no worker started within {self._settings.start_timeout:.0f} s: each needs "
+            f"no worker started within {_START_TIMEOUT:.0f} s: each needs "
             f"{self._settings.cpus_per_worker} CPUs, and of Ray's {cpus:.0f} CPUs {free:.0f} are free; lower "
             f"--cpus-per-worker, or make room{self._last_error and '; last error: ' + self._last_error}"
         )

@@ -23,7 +23,7 @@ from preconditioner_service.calls import Context, EndOfStream, answer
 from preconditioner_service.decoding import decode_open_request, decode_trainer_message
 from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.exchange import ExchangeStream, Turns
-from preconditioner_service.logs import event, limited
+from preconditioner_service.logs import limited
 from preconditioner_service.openings import Openings, Run
 from preconditioner_service.policy import Caller, Grant, Policy
 from preconditioner_service.quotas import QuotaError, Usage
@@ -83,6 +83,7 @@ class Service:
         self._turns = Turns()
         self._openings = Openings()
         self._grace: float | None = None
+        self._cut = False
 
     async def OpenSession(self, data: bytes, context: Context) -> pb.OpenSessionResponse:
         """See the protocol. Raises ``EndOfStream``, as all calls do."""
@@ -302,7 +303,7 @@ class Service:
         """Tell all streams, refuse new sessions, and wait until acknowledged work is pushed and receipted.
 
         Returns:
-            Whether everything was, within the grace.
+            Whether everything was, within the grace and before :meth:`end_streams` was called.
         """
         self._grace = grace
         for stream in self._streams:
@@ -310,15 +311,17 @@ class Service:
         until = time.monotonic() + grace
         while not (settled := self._settled()) and time.monotonic() < until:
             await asyncio.sleep(0.02)
+        complete = settled and not self._cut
         self.end_streams()
-        return settled
+        return complete
 
     def _settled(self) -> bool:
         attached = [session for session in self._board.sessions if session.stream is not None]
         return all(session.settled for session in attached) and not any(s.unsaid for s in self._streams)
 
     def end_streams(self) -> None:
-        """End every stream with UNAVAILABLE."""
+        """End every stream with UNAVAILABLE, whatever is under way."""
+        self._cut |= not self._settled()
         for stream in self._streams:
             stream.end_with(grpc.StatusCode.UNAVAILABLE, "the service stops")
 
@@ -331,7 +334,8 @@ def _attach_of(data: bytes) -> pb.Attach:
 
 
 def _say(what: str, session: Session, **fields: object) -> None:
-    event(logging.INFO, what, job=session.job.name, rank=session.rank, epoch=session.epoch, **fields)
+    job, rank = session.job.name, session.rank
+    limited(logging.INFO, what, (job, rank), job=job, rank=rank, epoch=session.epoch, **fields)
 
 
 def enable_reflection(server: grpc.aio.Server) -> None:

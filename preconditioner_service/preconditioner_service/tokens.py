@@ -1,6 +1,6 @@
 """Bearer tokens: how they are made, read from files, and compared.
 
-The service keeps SHA-256 digests and no tokens. A token that this package makes has 256 random bits, so that
+Callers are held against SHA-256 digests. A token that this package makes has 256 random bits, so that
 its digest needs neither salt nor a slow hash.
 """
 

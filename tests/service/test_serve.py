@@ -165,6 +165,7 @@ def test_end_of_file_on_stdin_ends_the_service_without_the_drain(start):
     assert service.process.wait(15) == 0
     wait_for(lambda: gone(family), timeout=10)
     assert 'sign="end of file on stdin"' in service.log()
+    assert "complete=False" in service.log()
 
 
 def test_a_worker_killed_at_work_costs_time_only(service, trainer, job, all_workers):
