@@ -26,6 +26,7 @@ from preconditioner_client import (
     StalenessConfig,
 )
 from preconditioner_worker.gpt2 import GPT2
+from preconditioner_worker.results import write_text
 from preconditioner_worker.step_timing import StepTimer, launches_of
 
 ASYNCHRONOUS = "Shampoo, asynchronous"
@@ -145,9 +146,8 @@ def measure(
         if profile_file is not None:
             with profile() as recorded:
                 timer.times(10)
-            profile_file.parent.mkdir(parents=True, exist_ok=True)
             busiest = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            profile_file.write_text(recorded.key_averages().table(sort_by=busiest, row_limit=30) + "\n")
+            write_text(profile_file, recorded.key_averages().table(sort_by=busiest, row_limit=30) + "\n")
     finally:
         timer.close()
     median, p99 = np.percentile(np.asarray(times), [50, 99])
@@ -260,6 +260,9 @@ def table(result: StepBenchmark) -> Table:
 
 
 def save(result: StepBenchmark, path: Path) -> None:
-    """Write the result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1) + "\n")
+    """Write the result as JSON.
+
+    Raises:
+        ResultError: it cannot be written.
+    """
+    write_text(path, result.model_dump_json(indent=1) + "\n")

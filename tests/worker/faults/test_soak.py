@@ -20,6 +20,7 @@ def test_a_short_soak_breaks_no_rule(tmp_path, capsys):
     main(["soak", "--minutes", str(SECONDS / 60), "--seed", "2", *arguments])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["violations"] == []
+    assert result["folder"] == str(tmp_path / "kept")
     assert sum(result["faults"].values()) >= 3
     assert min(result["adopted"], result["steps"], result["roots_computed"]) > 0
     said = capsys.readouterr().out
@@ -45,6 +46,15 @@ def test_files_that_cannot_be_judged_are_named(tmp_path, capsys):
         main(["check-history", str(tmp_path / "a.jsonl")])
     assert stopped.value.code == 1
     assert "a.jsonl, line 1: unknown kind 'nothing'" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "matrices").mkdir()
+    files = [str(path) for path in good_story(tmp_path / "matrices").write(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        main(["check-history", *files, "--json", str(tmp_path / "matrices")])
+    assert stopped.value.code == 1
+    assert f"cannot write '{tmp_path / 'matrices'}': Is a directory" in capsys.readouterr().err
 
 
 def test_a_broken_rule_is_shown_and_told_by_the_exit_status(tmp_path, capsys):

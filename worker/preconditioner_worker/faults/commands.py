@@ -14,6 +14,7 @@ from rich.table import Table
 
 from preconditioner_worker.faults.soak import Result, soak, table
 from preconditioner_worker.history import Expectations, Report, examine
+from preconditioner_worker.results import write_text
 
 _CONFIG = ConfigDict(
     extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
@@ -58,7 +59,7 @@ class Soak(BaseModel):
         console.print(table(result))
         _say(console, result)
         if self.json_file is not None:
-            self.json_file.write_text(json.dumps(result.as_json(), indent=1) + "\n")
+            write_text(self.json_file, json.dumps(result.as_json(), indent=1) + "\n")
         if result.violations:
             sys.exit(1)
 
@@ -102,7 +103,7 @@ class CheckHistory(BaseModel):
         console.print(_checks(report))
         _list(console, [str(violation) for violation in report.violations])
         if self.json_file is not None:
-            self.json_file.write_text(json.dumps(_as_json(report), indent=1) + "\n")
+            write_text(self.json_file, json.dumps(_as_json(report), indent=1) + "\n")
         if report.violations:
             sys.exit(1)
 

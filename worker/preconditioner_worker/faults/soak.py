@@ -55,7 +55,7 @@ class Result:
         looked_at: of every check how many things it held against its rule.
         holes: events that are known to be missing, other than a killed process's last.
         violations: what broke a rule.
-        folder: of the histories; None if they were removed, since nothing was broken.
+        folder: of the histories; None if they were removed: nothing was broken, and no folder was named.
     """
 
     seed: int
@@ -94,7 +94,6 @@ def soak(
     Raises:
         ServiceError: the service could not be started, or started again.
     """
-    keep = folder is not None
     place = Path(tempfile.mkdtemp(prefix="preconditioner-soak-")) if folder is None else folder
     place.mkdir(parents=True, exist_ok=True)
     faults, jobs, seconds = _torment(minutes, seed, place, report)
@@ -103,10 +102,10 @@ def soak(
         [path for path in histories if path.exists()],
         expectations=Expectations(matrices=place / "matrices", recovery_seconds=RECOVERY_SECONDS),
     )
-    result = _result(seed, seconds, faults, jobs, judged, place)
-    if not keep and not judged.violations:
+    kept = place if folder is not None or judged.violations else None
+    if kept is None:
         shutil.rmtree(place)
-    return result
+    return _result(seed, seconds, faults, jobs, judged, kept)
 
 
 def _torment(
@@ -225,7 +224,7 @@ def _adopted(path: Path, offset: int) -> bool:
 
 
 def _result(
-    seed: int, seconds: float, faults: Counter[str], jobs: Sequence[Job], judged: Report, place: Path
+    seed: int, seconds: float, faults: Counter[str], jobs: Sequence[Job], judged: Report, kept: Path | None
 ) -> Result:
     kinds = Counter(event.kind for event in judged.history.events)
     return Result(
@@ -240,7 +239,7 @@ def _result(
         looked_at=judged.looked_at,
         holes=judged.history.holes,
         violations=[str(violation) for violation in judged.violations],
-        folder=str(place) if judged.violations else None,
+        folder=None if kept is None else str(kept),
     )
 
 

@@ -76,7 +76,11 @@ def levenberg_marquardt(problem: ToyProblem, random: Generator, most: int, lr: f
 
 
 def bfgs(problem: ToyProblem, random: Generator, most: int, lr: float) -> int | None:
-    """SciPy's BFGS; the noise is held during a line search. Where that fails it begins anew."""
+    """SciPy's BFGS. Where a line search fails it begins anew.
+
+    The noise is drawn anew after every iteration, and SciPy keeps the loss and gradient that the last one
+    ended with: a line search compares trials under one draw with a start under the draw before.
+    """
     iterations = 0
     weights, noise = problem.start(random).numpy(), problem.draw(random)
 

@@ -1,4 +1,4 @@
-"""The task of the study: small enough that 12,000 steps take about a minute, and such that directions matter.
+"""The task of the study: small enough that 12,000 steps take minutes, and such that directions matter.
 
 Text is drawn anew at every step, so that held-out loss says how well a method optimises and not how much
 it overfits. (A deep autoencoder of scikit-learn's digits overfits long before 12,000 steps, and the grafted
