@@ -113,6 +113,8 @@ class _Group:
     lengths: tuple[int, ...]
     nbytes: int
     alone: bool
+    root_cost: float = 0.0
+    """Square root of a block's estimate, as of the last block that came first or was taken."""
     heap: list[tuple[int, int, int]] = field(default_factory=list)
     """(version or -1, order of arrival, block)."""
 
@@ -211,6 +213,7 @@ class Scheduler(Generic[SourceT]):
             group = known.groups[lengths, alone] = _Group(next(self._arrivals), lengths, nbytes, alone)
         heapq.heappush(group.heap, (-1 if version is None else version, next(self._arrivals), block))
         if len(group.heap) == 1:
+            group.root_cost = math.sqrt(self._estimate(lengths))
             heapq.heappush(job.heads, (self._urgency(known, group), group.number, known, group))
 
     def next_batch(self, now: float = 0.0) -> Batch[SourceT] | None:
@@ -234,6 +237,7 @@ class Scheduler(Generic[SourceT]):
             virtual, _, number, share, heads = queue[0]
             _, _, known, group = heads[0]
             cost = self._estimate(group.lengths)
+            group.root_cost = math.sqrt(cost)
             full = sum(estimates) + cost > limits.seconds or nbytes + group.nbytes > limits.nbytes
             if taken and (full or group.alone or len(taken) >= limits.blocks):
                 break
@@ -289,5 +293,4 @@ class Scheduler(Generic[SourceT]):
     def _urgency(self, known: _Source[SourceT], group: _Group) -> tuple[bool, float]:
         """Sorts the most urgent first."""
         version, _, _ = group.heap[0]
-        root_cost = math.sqrt(self._estimate(group.lengths))
-        return (False, root_cost) if version < 0 else (True, -known.age(version) / root_cost)
+        return (False, group.root_cost) if version < 0 else (True, -known.age(version) / group.root_cost)
