@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -97,12 +98,25 @@ def test_messages_keep_to_the_limit_of_the_service(front, connect):
     assert 32 * 1024 < front.stream.largest_message <= 64 * 1024
 
 
-def test_a_copy_from_the_device_is_waited_for(front, connect):
+def test_a_copy_from_the_device_is_waited_for(front, connect, monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+
     class Event:
+        device = torch.device("cuda", 3)
         done = False
         asked = 0
 
         def query(self):
+            # Another device would get a context of this process.
+            assert current == [self.device]
             self.asked += 1
             return self.done
 
