@@ -18,11 +18,12 @@ class Training:
     Args:
         address: of the service.
         connection: more of ``ServiceConfig``.
+        seed: of weights and data.
         staleness: of ``StalenessConfig``.
     """
 
-    def __init__(self, address, connection=None, **staleness):
-        torch.manual_seed(0)
+    def __init__(self, address, connection=None, seed=0, **staleness):
+        torch.manual_seed(seed)
         self.model = nn.Sequential(
             nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)
         )

@@ -48,6 +48,7 @@ class TrainerProcess:
         environment: more variables.
         connection: more of ``ServiceConfig``.
         checkpoint: file to resume from if it is there, and to save to after every 20 steps.
+        seed: of weights and data.
         staleness: of ``StalenessConfig``.
     """
 
@@ -58,12 +59,14 @@ class TrainerProcess:
         environment: Mapping[str, str] | None = None,
         connection: Mapping[str, Any] | None = None,
         checkpoint: str | None = None,
+        seed: int = 0,
         **staleness: Any,
     ) -> None:
         settings = {
             "address": address,
             "connection": dict(connection or {}),
             "checkpoint": checkpoint,
+            "seed": seed,
             **staleness,
         }
         path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
