@@ -8,6 +8,8 @@ writes lies in a directory of mode 0700. Processes and directory end with the se
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import subprocess
 import sys
@@ -16,12 +18,19 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from preconditioner_service import reaper
+from preconditioner_service.logs import event
 
 _PREFIX = "preco-"
 _LONGEST_BASE = 24
 """Characters. Ray's sockets are 80 characters below it, and a unix socket's path has room for 107."""
 
 _REAP_SECONDS = 12.0
+
+_ATTEMPTS = 3
+"""Ray gives its processes 30 s to start, which on a machine where much else starts may be too little."""
+
+_MOST_WHY = 500
+"""Characters of what Ray says."""
 
 
 def private_environment(environ: MutableMapping[str, str]) -> None:
@@ -76,3 +85,38 @@ class RayDirectory:
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait(_REAP_SECONDS)
+
+
+def start_private_ray(num_cpus: int, object_store_bytes: int) -> RayDirectory:
+    """Start a private Ray and connect to it; returns its directory, whose removal ends it.
+
+    Raises:
+        Exception: whatever Ray raised the last time.
+    """
+    private_environment(os.environ)
+    import ray  # after the environment is set, which it reads when imported
+
+    # Before Ray is initialised, or it complains of not being in the main thread, where signals are ours.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    attempt = 0
+    while True:
+        attempt += 1
+        directory = RayDirectory()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=0,
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(directory.ray),
+            )
+            return directory
+        except Exception as error:
+            ray.shutdown()
+            directory.remove()
+            if attempt == _ATTEMPTS:
+                raise
+            event(logging.WARNING, "ray did not start", attempt=attempt, why=str(error)[:_MOST_WHY])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from preconditioner_service.local_ray import RayDirectory, private_environment
+from preconditioner_service.local_ray import RayDirectory, start_private_ray
 from preconditioner_service.logs import event, limited
 from preconditioner_service.ray_link import check_reachable, node_is_alive, until_lost
 from preconditioner_service.root_worker import RootWorker
@@ -214,37 +213,17 @@ class RayPool:
 
     def _start_ray(self) -> None:
         settings = self._settings
-        options: dict[str, Any]
         if settings.ray_address is None:
-            self._directory = RayDirectory()
-            private_environment(os.environ)
-            options = {
-                "address": "local",
-                "num_cpus": settings.num_workers * settings.cpus_per_worker,
-                "num_gpus": 0,
-                "object_store_memory": settings.object_store_bytes,
-                "include_dashboard": False,
-                "_temp_dir": str(self._directory.ray),
-            }
-        else:
             try:
-                check_reachable(settings.ray_address)
-            except ConnectionError as error:
-                raise PoolError(str(error)) from None
-            options = {"address": settings.ray_address}
-        import ray  # after the environment is set, which it reads when imported
-
-        # Before Ray is initialised, or it complains of not being in the main thread, where signals are ours.
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:
-            if settings.ray_address is None:
+                self._directory = start_private_ray(
+                    settings.num_workers * settings.cpus_per_worker, settings.object_store_bytes
+                )
+            except Exception as error:
                 raise PoolError(f"a private Ray could not be started: {error}") from error
-            raise PoolError(
-                f"Ray at {settings.ray_address} could not be joined: {error} (a cluster with token "
-                "authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here too)"
-            ) from error
+        else:
+            self._join(settings.ray_address)
+        import ray
+
         self._ray = ray
         self._node_id = ray.get_runtime_context().get_node_id()
         resources: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
@@ -253,6 +232,22 @@ class RayPool:
         remote = ray.remote(RootWorker).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
         self._make_actor = lambda: remote.remote(settings.cpus_per_worker, settings.worker_nice)
         self.workers = [Worker(number, self._make_actor()) for number in range(settings.num_workers)]
+
+    def _join(self, address: str) -> None:
+        try:
+            check_reachable(address)
+        except ConnectionError as error:
+            raise PoolError(str(error)) from None
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            raise PoolError(
+                f"Ray at {address} could not be joined: {error} (a cluster with token "
+                "authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here too)"
+            ) from error
 
     def _end_ray(self) -> None:
         if self._ray is None:
