@@ -31,6 +31,7 @@ from preconditioner_worker.workloads.digits_shifted import (
     ShiftedDigitsWorkload,
 )
 
+COMMITTED = Path(__file__).parents[2] / "worker" / "results" / "large-batch"
 SHORT = StudySettings(epochs=1, channels=2)
 
 
@@ -159,10 +160,15 @@ def test_a_report_is_made_of_the_files_alone(folder: Path) -> None:
     assert "(1 of 3 diverged)" in text
     assert (analysis.kept_up_to("sgd"), analysis.kept_up_to("shampoo")) == (2048, 64)
     assert json.loads((folder / "analysis.json").read_text())["runs"] == analysis.runs
-    names = ("report.md", "analysis.json", "loss-against-batch-size.png")
-    before = [(folder / name).read_bytes() for name in names]
-    report(folder)
-    assert [(folder / name).read_bytes() for name in names] == before
+    report(folder, folder / "again")
+    for name in ("report.md", "analysis.json", "loss-against-batch-size.png"):
+        assert (folder / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_committed_report_comes_from_the_committed_cells(tmp_path: Path) -> None:
+    report(COMMITTED, tmp_path)
+    for name in ("report.md", "analysis.json"):
+        assert (tmp_path / name).read_bytes() == (COMMITTED / name).read_bytes()
 
 
 def test_foreign_results_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

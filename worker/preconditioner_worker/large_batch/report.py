@@ -22,8 +22,12 @@ PICTURE = "loss-against-batch-size.png"
 Quantity = Callable[[Row], Spread | None]
 
 
-def report(folder: Path) -> tuple[Analysis, Path]:
-    """Write ``report.md``, ``analysis.json`` and the picture into the folder of a study.
+def report(folder: Path, output: Path | None = None) -> tuple[Analysis, Path]:
+    """Write ``report.md``, ``analysis.json`` and the picture.
+
+    Args:
+        folder: of the study.
+        output: where to; None: the same folder.
 
     Returns:
         The analysis and the path of the Markdown.
@@ -31,10 +35,11 @@ def report(folder: Path) -> tuple[Analysis, Path]:
     Raises:
         ResultError: the folder holds no cells, or cells that do not belong together.
     """
+    output = output or folder
     analysis = analyse(Study(folder).cells())
-    write(folder / "analysis.json", analysis)
-    draw(analysis, folder / PICTURE)
-    return analysis, write_text(folder / "report.md", markdown(analysis))
+    write(output / "analysis.json", analysis)
+    draw(analysis, output / PICTURE)
+    return analysis, write_text(output / "report.md", markdown(analysis))
 
 
 def markdown(analysis: Analysis) -> str:
@@ -62,7 +67,8 @@ def markdown(analysis: Analysis) -> str:
         "## How far quality is kept",
         "",
         f"The largest batch size up to which mean accuracy is at most {KEPT:.0%} (of all images) below that "
-        "of the optimizer's smallest batch, with no run diverged.",
+        "of the optimizer's smallest batch, with no run diverged; of the sizes that are there, so that it may "
+        "be a larger one where sizes are missing.",
         "",
         *markdown_table(
             ("optimizer", "kept up to", "loss there", "smallest batch", "loss", "largest batch", "loss"),
@@ -100,7 +106,8 @@ def _method(analysis: Analysis) -> list[str]:
         f"{study.tuning_seed}: {factors} times a base rate that grows with a power of the batch size, and at "
         f"{REFERENCE_BATCH} is {rules}. The rate with the lowest final held-out loss is run "
         "again with other seeds, and what follows is of those: mean ± standard deviation. A run has "
-        f"diverged if a loss is not finite or the last is above {GUESSING:.3f}, that of guessing.",
+        f"diverged if a loss is not finite or the last is above {GUESSING:.3f}, that of guessing. The images "
+        "that choose the rate are those that judge it, as no others are left, and one image is 0.28% of them.",
         "",
         "Roots of K-FAC and Shampoo are computed in process; a snapshot every N steps is used exactly N "
         f"steps later. N is {intervals}.",
