@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from preconditioner_worker.large_batch.analysis import Analysis, Row
 from preconditioner_worker.large_batch.design import OPTIMIZERS
@@ -28,12 +29,14 @@ def draw(analysis: Analysis, path: Path) -> Path:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(analysis.batch_sizes, [str(size) for size in analysis.batch_sizes])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.minorticks_off()
         axis.set(
             xlabel=f"batch size (images); {analysis.study.epochs} epochs each",
             ylabel="final held-out loss (nats per image)",
         )
-        axis.grid(alpha=0.25, which="both")
+        axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
         figure.tight_layout()

@@ -67,8 +67,8 @@ def markdown(analysis: Analysis) -> str:
         "## How far quality is kept",
         "",
         f"The largest batch size up to which mean accuracy is at most {KEPT:.0%} (of all images) below that "
-        "of the optimizer's smallest batch, with no run diverged; of the sizes that are there, so that it may "
-        "be a larger one where sizes are missing.",
+        "of the optimizer's smallest batch, with no run diverged; of the sizes that are there, so that it "
+        "may be a larger one where sizes are missing.",
         "",
         *markdown_table(
             ("optimizer", "kept up to", "loss there", "smallest batch", "loss", "largest batch", "loss"),
@@ -107,7 +107,7 @@ def _method(analysis: Analysis) -> list[str]:
         f"{REFERENCE_BATCH} is {rules}. The rate with the lowest final held-out loss is run "
         "again with other seeds, and what follows is of those: mean ± standard deviation. A run has "
         f"diverged if a loss is not finite or the last is above {GUESSING:.3f}, that of guessing. The images "
-        "that choose the rate are those that judge it, as no others are left, and one image is 0.28% of them.",
+        "that choose the rate are those that judge it, as no others are left; one of them is 0.28%.",
         "",
         "Roots of K-FAC and Shampoo are computed in process; a snapshot every N steps is used exactly N "
         f"steps later. N is {intervals}.",
