@@ -110,11 +110,15 @@ class CurveBallSettings(OptimizerSettings):
 
 
 class Shampoo2020Settings(OptimizerSettings):
-    """preconditioner_client.Shampoo as published in 2020 (arXiv 2002.09018).
+    """preconditioner_client.Shampoo with the settings published in 2020 (arXiv 2002.09018).
 
     Summed statistics, exponent -1/(2k) (-1/4 for a matrix, -1/2 for a vocabulary's one side), AdaGrad's step
     lengths, no average of the gradient, an EMA of the preconditioned updates, and a linear blend from the
     diagonal direction; which begins with a block's first version, not at a step.
+
+    Two things are the client's: each preconditioned gradient is grafted and then averaged, where the
+    published code averages them and grafts the average; and the average begins with the whole first update,
+    not with ``1 - mu`` of it.
     """
 
     name: Literal["shampoo-2020"] = "shampoo-2020"
