@@ -13,8 +13,8 @@ from preconditioner_worker.cli import main
 from preconditioner_worker.comparison import Comparison
 from preconditioner_worker.contenders import CONTENDERS, AdamSettings
 from preconditioner_worker.experiments import run_all
-from preconditioner_worker.results import Environment, ResultError, RunSettings
-from preconditioner_worker.workloads import AutoencoderWorkload
+from preconditioner_worker.results import Environment, ResultError, RunResult, RunSettings
+from preconditioner_worker.workloads import AutoencoderWorkload, open_workload
 
 WORKLOAD = AutoencoderWorkload(batch_size=16)
 QUIET = Console(quiet=True)
@@ -56,6 +56,23 @@ def test_other_code_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(Environment.here().code, "0123456789abcdef"))
     with pytest.raises(ResultError, match="code 0123456789abcdef is not"):
         run_all(WORKLOAD, [settings(0)], tmp_path, QUIET, resume=True)
+    # As files of before, which do not tell the processor.
+    result = RunResult.load(path)
+    path.write_text(result.model_dump_json(exclude={"environment": {"cpu_model"}}))
+    assert RunResult.load(path).environment.cpu_model is None
+    with pytest.raises(ResultError, match="cpu_model None is not"):
+        run_all(WORKLOAD, [settings(0)], tmp_path, QUIET, resume=True)
+
+
+def test_another_text_in_the_same_file_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a rose is a rose\n" * 20_000)
+    run = settings(0, workload="text", text=text, steps=1, evaluate_every=1)
+    run_all(open_workload("text", text=text), [run], tmp_path, QUIET)
+    run_all(open_workload("text", text=text), [run], tmp_path, QUIET, resume=True)
+    text.write_text("a nose is a rose\n" * 20_000)
+    with pytest.raises(ResultError, match=r"text [0-9a-f]{16} is not [0-9a-f]{16}"):
+        run_all(open_workload("text", text=text), [run], tmp_path, QUIET, resume=True)
 
 
 def test_all_contenders_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

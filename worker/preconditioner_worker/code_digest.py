@@ -9,18 +9,29 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-# What the numbers of an optimizer of the client depend on.
+# What the numbers of Shampoo depend on.
 CLIENT = (
+    "preconditioner_client.agreement",
     "preconditioner_client.blocks",
+    "preconditioner_client.choice",
     "preconditioner_client.config",
+    "preconditioner_client.distribution",
     "preconditioner_client.engine",
     "preconditioner_client.exchange",
+    "preconditioner_client.gradients",
     "preconditioner_client.grafting",
+    "preconditioner_client.groups",
+    "preconditioner_client.guard",
+    "preconditioner_client.held_blocks",
     "preconditioner_client.plan",
+    "preconditioner_client.preconditioned_optimizer",
     "preconditioner_client.refresh",
     "preconditioner_client.roots",
+    "preconditioner_client.schedule",
     "preconditioner_client.shampoo",
+    "preconditioner_client.sharing",
     "preconditioner_client.stack",
+    "preconditioner_client.transfer",
     "preconditioner_client.update_rule",
     "preconditioner_protos.packing",
 )

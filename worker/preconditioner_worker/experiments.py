@@ -12,10 +12,10 @@ from preconditioner_worker.comparison import Comparison, compare, table
 from preconditioner_worker.contenders import AnyContender
 from preconditioner_worker.optimizers import OptimizerSettings
 from preconditioner_worker.plots import draw
-from preconditioner_worker.results import RunResult, RunSettings, load_same
+from preconditioner_worker.results import Environment, RunResult, RunSettings, load_same
 from preconditioner_worker.training import train
 from preconditioner_worker.tuning import committed
-from preconditioner_worker.workloads import DEFAULT_STEPS, Workload
+from preconditioner_worker.workloads import DEFAULT_STEPS, Workload, text_digest
 
 RUNS = Path("runs")
 
@@ -55,7 +55,8 @@ def run_all(
         ResultError: with ``resume``, the folder holds results of other settings or of other code.
     """
     # All are looked at first: nothing is trained for a comparison that will be refused.
-    held = [load_same(settings, folder) if resume else None for settings in runs]
+    here = Environment.here(text_digest(workload))
+    held = [load_same(settings, folder, here) if resume else None for settings in runs]
     results = []
     for settings, result in zip(runs, held, strict=True):
         if result is None:

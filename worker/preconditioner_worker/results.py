@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from preconditioner_worker.code_digest import CLIENT, code_digest
 from preconditioner_worker.contenders import AnyContender
+from preconditioner_worker.machine import cpu_model
 from preconditioner_worker.schedule import Schedule
 
 # What the numbers of a run depend on, beside the code of the client.
@@ -24,17 +25,18 @@ CODE = (
     *(
         f"preconditioner_client.{module}"
         for module in (
-            "kfac.diagonals", "kfac.engine", "kfac.factor_stack", "kfac.factors", "kfac.layers",
-            "kfac.optimizer", "kfac.recording", "preconditioned_optimizer",
+            "kfac.adaptive_refresh", "kfac.diagonals", "kfac.engine", "kfac.factor_stack", "kfac.factors",
+            "kfac.layers", "kfac.optimizer", "kfac.recording", "kfac.reduction",
         )
     ),
     *(
         f"preconditioner_worker.{module}"
         for module in (
-            "contenders", "optimizers", "schedule", "training", "rivals.lamb", "rivals.lars",
-            "rivals.curveball",
-            "workloads.autoencoder", "workloads.base", "workloads.digits", "workloads.digits_batchnorm",
-            "workloads.language", "workloads.text", "workloads.transformer", "workloads.translation",
+            "contenders", "optimizers", "schedule", "training",
+            "rivals.checks", "rivals.curveball", "rivals.lamb", "rivals.lars", "rivals.layerwise",
+            "workloads", "workloads.autoencoder", "workloads.base", "workloads.digits",
+            "workloads.digits_batchnorm", "workloads.language", "workloads.text", "workloads.transformer",
+            "workloads.translation",
         )
     ),
 )  # fmt: skip
@@ -120,6 +122,8 @@ class Environment(_Record):
         platform: operating system.
         cpu: instruction set that torch computes with; other ones round differently.
         code: digest of the code in :data:`CODE`.
+        cpu_model: processor; None in files that are older than this.
+        text: digest of the text that was trained on; None for other workloads, and in older files.
     """
 
     python: str
@@ -128,10 +132,17 @@ class Environment(_Record):
     platform: str
     cpu: str
     code: str
+    cpu_model: str | None = None
+    text: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What an older file does not say is not said when it is written again.
+        return {name: value for name, value in handler(self).items() if value is not None}
 
     @classmethod
-    def here(cls) -> Environment:
-        """Of the running process."""
+    def here(cls, text: str | None = None) -> Environment:
+        """Of the running process, which trains on a text of this digest."""
         return cls(
             python=platform.python_version(),
             torch=torch.__version__,
@@ -139,6 +150,8 @@ class Environment(_Record):
             platform=platform.platform(),
             cpu=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             code=code_digest(CODE),
+            cpu_model=cpu_model(),
+            text=text,
         )
 
 
@@ -212,8 +225,8 @@ class RunResult(_Record):
             raise ResultError(f"{str(path)!r} is not the result of a run: {error}") from error
 
 
-def load_same(settings: RunSettings, folder: Path) -> RunResult | None:
-    """The result of a run that was made before, by this code on such a machine; None if it was not.
+def load_same(settings: RunSettings, folder: Path, environment: Environment) -> RunResult | None:
+    """The result of a run that was made before in the same environment; None if it was not.
 
     Raises:
         ResultError: the folder holds the result of another run in its place.
@@ -224,7 +237,7 @@ def load_same(settings: RunSettings, folder: Path) -> RunResult | None:
     result = RunResult.load(path)
     found = [
         *differences(result.settings, settings),
-        *differences(result.environment, Environment.here()),
+        *differences(result.environment, environment),
     ]
     if found:
         raise ResultError(

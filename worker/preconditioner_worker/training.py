@@ -22,7 +22,7 @@ from preconditioner_worker.results import (
     StepSeries,
 )
 from preconditioner_worker.rivals import CurveBall
-from preconditioner_worker.workloads import Batch, Workload
+from preconditioner_worker.workloads import Batch, Workload, text_digest
 from preconditioner_worker.workloads.transformer import parameter_count
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _run(
         diverged=diverged,
         service_seconds=service_seconds,
         metrics=optimizer.metrics() if isinstance(optimizer, PreconditionedOptimizer) else {},
-        environment=Environment.here(),
+        environment=Environment.here(text_digest(workload)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from preconditioner_worker.staleness.fingerprint import CODE, Fingerprint, code_
 from preconditioner_worker.staleness.rates import committed_path, rate, tuning_spec
 from preconditioner_worker.staleness.results import check_rates
 
+COMMITTED = Path(__file__).parents[3] / "worker" / "results" / "staleness"
 SPEC = RunSpec(method="A", n=10, statistics="sum", grafting=True, seed=0)
 LOSSES = [3.0, 2.5, 2.0, 1.5, 1.0]
 
@@ -101,6 +103,18 @@ def test_the_digest_sees_code_and_nothing_else() -> None:
 def test_a_fingerprint_names_what_differs(run: StudyRun) -> None:
     here = Fingerprint.here(run.fingerprint.settings)
     assert here.differences(run.fingerprint) == []
+    for name in ("code", "torch", "numpy", "cpu", "cpu_model", "python", "text"):
+        (said,) = here.differences(here.model_copy(update={name: "another"}))
+        assert said == f"{name} {getattr(here, name)} is not another"
+
+
+def test_an_older_study_is_read_and_not_extended(tmp_path: Path) -> None:
+    shutil.copytree(COMMITTED, tmp_path / "study")
+    study = Study(tmp_path / "study")
+    assert study.fingerprint().python is None
+    assert len(study.runs()) == 29
+    with pytest.raises(ResultError, match="python None is not"):
+        study.begin(Fingerprint.here(study.fingerprint().settings))
 
 
 def test_every_run_has_the_rate_of_its_optimizer_at_n_1() -> None:

@@ -9,7 +9,9 @@ import torch
 
 from preconditioner_worker.code_digest import CLIENT
 from preconditioner_worker.code_digest import code_digest as digest_of
+from preconditioner_worker.machine import cpu_model
 from preconditioner_worker.staleness.specs import Record, StudySettings
+from preconditioner_worker.staleness.tasks import TASKS
 
 # What a run's numbers depend on.
 CODE = (
@@ -18,6 +20,7 @@ CODE = (
     "preconditioner_worker.schedule",
     "preconditioner_worker.workloads.base",
     "preconditioner_worker.workloads.text",
+    "preconditioner_worker.workloads.transformer",
     "preconditioner_worker.staleness.arms",
     "preconditioner_worker.staleness.controls",
     "preconditioner_worker.staleness.optimizers",
@@ -36,6 +39,9 @@ class Fingerprint(Record):
         torch: version.
         numpy: version.
         cpu: instruction set that torch computes with; other ones round differently.
+        cpu_model: processor; None in files that are older than this, as are the next two.
+        python: version; its standard library is the text.
+        text: digest of the text.
     """
 
     settings: StudySettings
@@ -43,6 +49,9 @@ class Fingerprint(Record):
     torch: str
     numpy: str
     cpu: str
+    cpu_model: str | None = None
+    python: str | None = None
+    text: str | None = None
 
     @classmethod
     def here(cls, settings: StudySettings) -> Fingerprint:
@@ -53,6 +62,9 @@ class Fingerprint(Record):
             torch=torch.__version__,
             numpy=np.__version__,
             cpu=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            cpu_model=cpu_model(),
+            python=platform.python_version(),
+            text=TASKS[settings.task]().corpus.digest,
         )
 
     def differences(self, other: Fingerprint) -> list[str]:

@@ -81,10 +81,10 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
         lines += ["## Through the service", "", real.describe(), ""]
     lines += ["## Pictures", "", *(f"![{name.removesuffix('.png')}]({name})" for name in pictures), ""]
     fingerprint = analysis.fingerprint
-    lines += [
-        f"Code {fingerprint.code}, torch {fingerprint.torch}, NumPy {fingerprint.numpy}, {fingerprint.cpu}.",
-        "",
-    ]
+    made_by = [f"Code {fingerprint.code}", f"torch {fingerprint.torch}", f"NumPy {fingerprint.numpy}"]
+    made_by += [f"Python {fingerprint.python}"] if fingerprint.python else []
+    made_by += [fingerprint.cpu, *([fingerprint.cpu_model] if fingerprint.cpu_model else [])]
+    lines += [f"{', '.join(made_by)}.", ""]
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ class TextTask:
     _context = 8
 
     def __init__(self, corpus: Corpus, *, batch_size: int = 128, held_out: int = 4096) -> None:
-        self._corpus = corpus
+        self.corpus = corpus
         self._batch_size = batch_size
         starts = np.linspace(0, len(corpus.held_out) - self._context - 1, held_out).astype(np.int64)
         self._held_out = self._cut(corpus.held_out, starts)
@@ -80,9 +80,9 @@ class TextTask:
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of training step ``step`` (from 0)."""
         starts = generator(seed, step).integers(
-            len(self._corpus.train) - self._context - 1, size=self._batch_size
+            len(self.corpus.train) - self._context - 1, size=self._batch_size
         )
-        return self._cut(self._corpus.train, starts)
+        return self._cut(self.corpus.train, starts)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""

@@ -23,6 +23,7 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "open_workload",
+    "text_digest",
 ]
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -60,3 +61,8 @@ def open_workload(name: str, *, text: Path | None = None) -> Workload:
     if text is not None:
         raise WorkloadError(f"--text belongs to the workload 'text', not to {name!r}")
     return WORKLOADS[name]()
+
+
+def text_digest(workload: Workload) -> str | None:
+    """Digest of the text that a workload trains on; None for one whose data are the same everywhere."""
+    return workload.corpus.digest if isinstance(workload, TextWorkload) else None

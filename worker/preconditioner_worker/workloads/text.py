@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ class Corpus:
     held_out: Tensor
     train_files: tuple[str, ...]
     held_out_files: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of both texts: 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def is_held_out(relative_path: str) -> bool:
