@@ -12,7 +12,7 @@ from preconditioner_worker.contenders import CONTENDERS
 from preconditioner_worker.experiments import horizon, settle
 from preconditioner_worker.grids import COMPARED, GRIDS
 from preconditioner_worker.optimizers import AdamWSettings, ShampooSettings
-from preconditioner_worker.results import ResultError
+from preconditioner_worker.results import Environment, ResultError
 from preconditioner_worker.tuning import (
     Grid,
     Trial,
@@ -54,6 +54,7 @@ def test_a_grid_runs_goes_on_and_keeps_what_it_has(tmp_path, monkeypatch):
     assert seen == done.trials
     assert done.best.lr == 1e-2
     assert load_tuning(path) == done
+    assert done.environment == Environment.here()
 
     monkeypatch.setattr(module, "_trial", None)
     seen.clear()
@@ -61,6 +62,20 @@ def test_a_grid_runs_goes_on_and_keeps_what_it_has(tmp_path, monkeypatch):
     assert not seen  # nothing is run again
     with pytest.raises(ResultError, match="another grid"):
         tune(GRID.model_copy(update={"steps": 11}), path)
+
+
+def test_trials_of_other_code_are_kept_apart(tmp_path, monkeypatch):
+    path = tmp_path / "digits-adamw.json"
+    here = Environment.here()
+    trial = Trial(settings=AdamWSettings(lr=1e-3), seed=1, final_loss=3.0)
+    monkeypatch.setattr(module, "_trial", None)  # nothing is run before it is refused
+    other = here.model_copy(update={"code": "0123456789abcdef"})
+    for environment, said in ((other, "code 0123456789abcdef is not"), (None, "nothing says by what code")):
+        Tuning(grid=GRID, trials=[trial], environment=environment).save(path)
+        before = path.read_bytes()
+        with pytest.raises(ResultError, match=f"made otherwise .{said}"):
+            tune(GRID, path)
+        assert path.read_bytes() == before
 
 
 def test_diverged_trials_never_win():

@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preconditioner_worker.contenders import AnyContender
-from preconditioner_worker.results import ResultError, RunSettings, write_text
+from preconditioner_worker.results import Environment, ResultError, RunSettings, differences, write_text
 from preconditioner_worker.schedule import Schedule
 from preconditioner_worker.training import train
-from preconditioner_worker.workloads import open_workload
+from preconditioner_worker.workloads import open_workload, text_digest
 
 TUNING_SEED = 1
 
@@ -70,12 +70,19 @@ class Trial(BaseModel):
 
 
 class Tuning(BaseModel):
-    """A grid and what came of it."""
+    """A grid and what came of it.
+
+    Attributes:
+        grid: what is tried.
+        trials: what was, in order.
+        environment: of all trials; None in files that are older than this.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     grid: Grid
     trials: list[Trial] = []
+    environment: Environment | None = None
 
     def ranking(self) -> list[AnyContender]:
         """All settings tried, by their losses with the grid's own seed, the best first."""
@@ -143,7 +150,8 @@ def tune(
         report: called after each trial.
 
     Raises:
-        ResultError: ``path`` holds the results of another grid.
+        ResultError: ``path`` holds the results of another grid; or it lacks some, and those it has were made
+            by other code, on another machine or with another text.
     """
     tuning = load_tuning(path) if path.exists() else Tuning(grid=grid)
     if tuning.grid != grid:
@@ -154,6 +162,8 @@ def tune(
         def run(wanted: Iterable[tuple[AnyContender, int]]) -> None:
             known = [(trial.settings, trial.seed) for trial in tuning.trials]
             new = [pair for pair in wanted if pair not in known]
+            if new:
+                _admit(tuning, path, text)
             jobs = [pool.submit(_trial, grid, settings, seed, text) for settings, seed in new]
             for job in jobs:
                 trial = job.result()
@@ -171,6 +181,20 @@ def tune(
         finalists = tuning.ranking()[: grid.finalists]
         run((settings, seed) for settings in finalists for seed in grid.final_seeds)
     return tuning
+
+
+def _admit(tuning: Tuning, path: Path, text: Path | None) -> None:
+    """Refuse trials of two environments in one tuning."""
+    here = Environment.here(text_digest(open_workload(tuning.grid.workload, text=text)))
+    if not tuning.trials:
+        tuning.environment = here
+    held = tuning.environment
+    found = ["nothing says by what code"] if held is None else differences(held, here)
+    if found:
+        raise ResultError(
+            f"the trials in {str(path)!r} were made otherwise ({'; '.join(found)}), and must not be mixed "
+            f"with new ones: remove it or choose another --output"
+        )
 
 
 def combinations(best: AnyContender, stage: Mapping[str, list[Any]]) -> Iterator[AnyContender]:
