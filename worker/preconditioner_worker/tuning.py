@@ -1,20 +1,18 @@
 """Tuning over a committed grid, and the committed winners.
 
 A grid is a sequence of stages; a stage tries all combinations of its values around the best settings so far.
-A grid may have finals: its best are run again with further seeds, since one lucky run makes no good setting.
-Every trial is a whole run at the horizon it is meant for, with seeds that the demonstration does not use.
+Every trial is a whole run at the horizon it is meant for, with a seed that the demonstration does not use.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,8 +36,6 @@ class Grid(BaseModel):
         schedule: of the learning rate.
         seed: of weights and batches.
         stages: per stage, values to try by field of the settings.
-        finalists: how many of the best are run again with each of ``final_seeds``.
-        final_seeds: see above.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,8 +46,6 @@ class Grid(BaseModel):
     schedule: Schedule = Schedule()
     seed: int = TUNING_SEED
     stages: list[dict[str, list[Any]]]
-    finalists: int = 0
-    final_seeds: list[int] = []
 
 
 class Trial(BaseModel):
@@ -85,21 +79,12 @@ class Tuning(BaseModel):
     environment: Environment | None = None
 
     def ranking(self) -> list[AnyContender]:
-        """All settings tried, by their losses with the grid's own seed, the best first."""
-        own = [trial for trial in self.trials if trial.seed == self.grid.seed]
-        return [trial.settings for trial in sorted(own, key=lambda trial: trial.score)]
+        """All settings tried, by their losses, the best first."""
+        return [trial.settings for trial in sorted(self.trials, key=lambda trial: trial.score)]
 
     @property
     def best(self) -> AnyContender:
-        """The finalist with the lowest mean loss over seeds; before the finals, the best so far."""
-        scores = [
-            (mean(trial.score for trial in self.trials if trial.settings == settings), settings)
-            for settings in self.ranking()
-            if {trial.seed for trial in self.trials if trial.settings == settings}
-            == {self.grid.seed, *self.grid.final_seeds}
-        ]
-        if scores:
-            return min(scores, key=lambda pair: pair[0])[1]
+        """The settings with the lowest loss so far; before any, those that the grid starts from."""
         return next(iter(self.ranking()), self.grid.start)
 
     def save(self, path: Path) -> None:
@@ -158,28 +143,21 @@ def tune(
         raise ResultError(f"{str(path)!r} holds the results of another grid; remove it or choose another")
     # Spawned, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-
-        def run(wanted: Iterable[tuple[AnyContender, int]]) -> None:
-            known = [(trial.settings, trial.seed) for trial in tuning.trials]
-            new = [pair for pair in wanted if pair not in known]
-            if new:
-                _admit(tuning, path, text)
-            jobs = [pool.submit(_trial, grid, settings, seed, text) for settings, seed in new]
-            for job in jobs:
-                trial = job.result()
-                tuning.trials.append(trial)
-                tuning.save(path)
-                report(trial)
-
         passed: list[AnyContender] = []
         for stage in grid.stages:
             # Only what earlier stages tried, so that a run that goes on takes the same path.
             best = next((s for s in tuning.ranking() if s in passed), grid.start)
             wanted = list(combinations(best, stage))
-            run((settings, grid.seed) for settings in wanted)
+            known = [trial.settings for trial in tuning.trials]
+            new = [settings for settings in wanted if settings not in known]
+            if new:
+                _admit(tuning, path, text)
+            for job in [pool.submit(_trial, grid, settings, text) for settings in new]:
+                trial = job.result()
+                tuning.trials.append(trial)
+                tuning.save(path)
+                report(trial)
             passed += wanted
-        finalists = tuning.ranking()[: grid.finalists]
-        run((settings, seed) for settings in finalists for seed in grid.final_seeds)
     return tuning
 
 
@@ -203,7 +181,7 @@ def combinations(best: AnyContender, stage: Mapping[str, list[Any]]) -> Iterator
         yield type(best).model_validate({**best.model_dump(), **dict(zip(stage, values, strict=True))})
 
 
-def _trial(grid: Grid, settings: AnyContender, seed: int, text: Path | None) -> Trial:
+def _trial(grid: Grid, settings: AnyContender, text: Path | None) -> Trial:
     result = train(
         open_workload(grid.workload, text=text),
         RunSettings(
@@ -211,9 +189,9 @@ def _trial(grid: Grid, settings: AnyContender, seed: int, text: Path | None) -> 
             workload=grid.workload,
             optimizer=settings,
             schedule=grid.schedule,
-            seed=seed,
+            seed=grid.seed,
             steps=grid.steps,
             evaluate_every=grid.steps,
         ),
     )
-    return Trial(settings=settings, seed=seed, final_loss=None if result.diverged else result.final_loss)
+    return Trial(settings=settings, seed=grid.seed, final_loss=None if result.diverged else result.final_loss)
