@@ -50,7 +50,7 @@ CASES = (
     _case(attacks.health_watchers, 1000, "RESOURCE_EXHAUSTED"),
     _case(attacks.silent_checks, 1000, "UNAVAILABLE"),
     _case(attacks.deaf_watchers, 1000, "OK"),
-    _case(attacks.unread_answers, 1000, "OK", "RESOURCE_EXHAUSTED"),
+    _case(attacks.unread_answers, 1000, "OK", "RESOURCE_EXHAUSTED, UNAVAILABLE"),
     _case(attacks.rapid_resets, 1, "reset by the attacker", "goaway ENHANCE_YOUR_CALM, closed"),
     _case(attacks.pings, 1, "goaway ENHANCE_YOUR_CALM", "closed"),
     _case(attacks.status_calls, 1, "OK"),
