@@ -12,8 +12,8 @@ from measure import SETTINGS, HonestJob, measure
 
 from service_process import ServiceProcess
 
-_FILLS = {attacks.dropped_sessions, attacks.unread_pushes}
-"""These leave no room for sessions of other attacks."""
+_FILLS = {attacks.dropped_sessions, attacks.unread_pushes, attacks.idle_connections}
+"""These leave no room for sessions or connections of other attacks."""
 
 _ONE_BY_ONE = [[case] for case in CASES if case.attack in _FILLS]
 _TOGETHER = [case for case in CASES if case.attack not in _FILLS]
@@ -29,7 +29,7 @@ def attacked():
 @pytest.mark.parametrize("cases", _GROUPS, ids=lambda cases: "-".join(c.attack.__name__ for c in cases))
 def test_attacks_are_refused_within_the_memory_and_others_are_served(attacked, cases):
     # As many connections as are refused; of other attacks a part.
-    scale = {case: 1.0 if case.attack in (attacks.idle_connections, *_FILLS) else 0.4 for case in cases}
+    scale = {case: 1.0 if case.attack in _FILLS else 0.4 for case in cases}
     for outcome in measure(*attacked, cases, 2.0, scale):
         assert not [fault for fault in outcome.faults if "slower" not in fault], outcome
         assert outcome.samples >= 3
