@@ -147,7 +147,7 @@ def measure(
             with profile() as recorded:
                 timer.times(10)
             busiest = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            write_text(profile_file, recorded.key_averages().table(sort_by=busiest, row_limit=30) + "\n")
+            write_text(profile_file, recorded.key_averages().table(sort_by=busiest, row_limit=-1) + "\n")
     finally:
         timer.close()
     median, p99 = np.percentile(np.asarray(times), [50, 99])
