@@ -113,7 +113,8 @@ DATA: Mapping[Kind, frozenset[str]] = {
     Kind.ADOPTED: _ABOUT_BLOCK | {"step", "digests"},
     Kind.STEP_BEGUN: _ABOUT_STEP,
     # seconds: of the optimizer's step; waited: of these, for the service; used: the blocks whose
-    # preconditioner was applied, null if they are those of the step before.
+    # preconditioner was applied, null if they are those of the step before. Optional: raised (true), of a
+    # step that ended with an error, and of which it is not known what it applied.
     Kind.STEP_ENDED: _ABOUT_STEP | {"seconds", "waited", "used"},
     # blocks: which are waited for.
     Kind.WAIT_BEGUN: _ABOUT_STEP | {"blocks"},
@@ -133,6 +134,7 @@ DATA: Mapping[Kind, frozenset[str]] = {
     Kind.SNAPSHOT_ACCEPTED: _ABOUT_BLOCK | {"digests"},
     Kind.SNAPSHOT_REFUSED: _ABOUT_BLOCK | {"reason"},
     Kind.ROOT_FAILED: _ABOUT_BLOCK | {"reason"},
+    # Optional: retries, how many times the ridge or threshold of each side was multiplied by ten.
     Kind.PUBLISHED: _ABOUT_BLOCK | {"digests"},
     Kind.PUSHED: _ABOUT_BLOCK,
     Kind.RECEIPTED: _ABOUT_BLOCK,
