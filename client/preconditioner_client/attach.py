@@ -9,16 +9,13 @@ Lightning does, is evaluated first of all, and the optimizer gets the loss that 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
+import logging
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, closures, consolidation
+from preconditioner_client.attachment import Attachment
 from preconditioner_client.config import (
     BlockingConfig,
     Grafting,
@@ -27,28 +24,16 @@ from preconditioner_client.config import (
     StalenessConfig,
     StatisticsConfig,
 )
-from preconditioner_client.distribution import AUTO, DistributedConfig, like, local
+from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
-from preconditioner_client.gradients import (
-    check_parameter,
-    only_initialises,
-    working_gradients,
-)
-from preconditioner_client.grafting import (
-    directions,
-    needs_second_moment,
-    owns_weight_decay,
-    update_second_moments,
-)
-from preconditioner_client.guard import Guard, is_deferred
-from preconditioner_client.memory import MemoryEstimate, estimate_memory
+from preconditioner_client.gradients import check_parameter
+from preconditioner_client.options import check_number, config
 from preconditioner_client.plan import GroupSettings
+from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
-from preconditioner_client.update_rule import cast_like
 
-STATE_KEY = "preconditioner"
-"""Where the attached state stands in the optimizer's own state dict."""
+logger = logging.getLogger("preconditioner_client")
 
 
 def attach(
@@ -66,6 +51,10 @@ def attach(
 ) -> Attachment:
     """Put the asynchronous preconditioner before an existing optimizer.
 
+    To go on from a checkpoint, attach before ``optimizer.load_state_dict``: without a preconditioner attached
+    torch drops the state of one that was saved. Attached to an optimizer that has made steps, the
+    preconditioner starts without statistics, and says so in the log.
+
     Args:
         optimizer: any torch optimizer that evaluates a closure at most once in a step, as all but ``LBFGS``.
         model: only for the names of its parameters in messages and at the service.
@@ -82,10 +71,22 @@ def attach(
         The handle: ``metrics()``, ``detach()``, ``state_dict()``, ``estimate_memory()``.
 
     Raises:
-        ValueError: a parameter that cannot be preconditioned, an optimizer that has one attached already, or
-            one that evaluates its closure many times.
+        ValueError: a setting of another type, a parameter that cannot be preconditioned, an optimizer that
+            has one attached already, that is one of this package, or that evaluates its closure many times.
         ExchangeError: the service refuses this trainer for good.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}: "
+            f"attach(optimizer, model)"
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
+    if isinstance(optimizer, PreconditionedOptimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} preconditions by itself, and would do it twice: attach() is for "
+            f"other optimizers, as torch.optim.AdamW"
+        )
     if getattr(optimizer, "_attached_preconditioner", None) is not None:
         raise ValueError("this optimizer has a preconditioner attached already: detach() that one first")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -97,267 +98,24 @@ def attach(
     if model is not None:
         names.update({p: name for name, p in model.named_parameters()})
     settings = GroupSettings(
-        blocking=blocking or BlockingConfig(),
-        statistics=statistics or StatisticsConfig(),
-        root=root or RootConfig(),
+        blocking=config("blocking", blocking, BlockingConfig()),
+        statistics=config("statistics", statistics, StatisticsConfig()),
+        root=config("root", root, RootConfig()),
     )
-    grafting = grafting or GraftingConfig(method=Grafting.SGD)
+    grafting = config("grafting", grafting, GraftingConfig(method=Grafting.SGD))
+    staleness = config("staleness", staleness, StalenessConfig())
     for group in optimizer.param_groups:
+        for key in {"lr", "weight_decay"} & group.keys():
+            if group[key] is not None:  # Adafactor finds its own
+                check_number(key, group[key])
         for index, parameter in enumerate(group["params"]):
             check_parameter(parameter, names.get(parameter, f"parameter {index}"))
-    engine = Engine(staleness or StalenessConfig(), service, job, distributed)
+    engine = Engine(staleness, service, job, distributed)
+    if optimizer.state:
+        logger.warning(
+            "%s has state already, and the preconditioner attached to it starts without any: to go on from a "
+            "checkpoint call attach() before load_state_dict(), which otherwise drops what was saved of the "
+            "preconditioner",
+            type(optimizer).__name__,
+        )
     return Attachment(optimizer, engine, settings, grafting, names)
-
-
-class Attachment:
-    """What :func:`attach` returns.
-
-    The optimizer's state dict carries its state under ``"preconditioner"``.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        engine: Engine,
-        settings: GroupSettings,
-        grafting: GraftingConfig,
-        names: dict[torch.Tensor, str],
-    ) -> None:
-        self._optimizer = optimizer
-        self._engine = engine
-        self._settings = settings
-        self._grafting = grafting
-        self._names = names
-        self._moments: dict[torch.Tensor, dict[str, Any]] = {}
-        self._consolidated: dict[str, Any] | None = None
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_state_dict_post_hook(self._add_state),
-            optimizer.register_load_state_dict_pre_hook(self._take_state),
-        ]
-        setattr(optimizer, "_attached_preconditioner", self)  # noqa: B010  (not an attribute torch declares)
-
-    def metrics(self) -> dict[str, Any]:
-        """As ``Shampoo.metrics``."""
-        return self._engine.metrics()
-
-    def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
-        """As ``Shampoo.estimate_memory``; what the optimizer itself keeps comes on top."""
-        settings = {field.name: getattr(self._settings, field.name) for field in fields(self._settings)}
-        own = {
-            **_PLAIN,
-            **settings,
-            "grafting": self._grafting,
-            "beta1": 0.0,
-            "momentum": 0.0,
-            "nesterov": False,
-        }
-        groups = [{**own, "params": group["params"]} for group in self._optimizer.param_groups]
-        return estimate_memory(
-            groups,
-            self._engine.refresher.config,
-            self._engine.distributed,
-            replicas,
-            replica,
-            self._engine.credit_bytes,
-        )
-
-    def detach(self) -> None:
-        """Take the hooks out and end the exchange; the optimizer is as it was before. Idempotent."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if getattr(self._optimizer, "_attached_preconditioner", None) is self:
-            delattr(self._optimizer, "_attached_preconditioner")
-        self._engine.close()
-
-    def close(self) -> None:
-        """The same as :meth:`detach`."""
-        self.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Statistics, versions and moments, free of anything but tensors and numbers.
-
-        ``state``: one dict per parameter in the optimizer's order, with the keys of
-        :mod:`preconditioner_client.checkpoint`; beside it the format, step, epoch and shards. Under several
-        ranks the blocks of this rank, or all after :meth:`consolidate_state_dict` and until the next step.
-        """
-        self._plan()
-        if self._consolidated is not None and self._consolidated[checkpoint.STEP_KEY] == self._engine.step:
-            return self._consolidated
-        state = []
-        for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
-            for index, parameter in enumerate(group["params"]):
-                state.append(
-                    {**self._moments.get(parameter, {}), **checkpoint.block_states(self._engine, plan, index)}
-                )
-        return {
-            checkpoint.FORMAT_KEY: checkpoint.FORMAT,
-            checkpoint.STEP_KEY: self._engine.step,
-            checkpoint.EPOCH_KEY: self._engine.epoch,
-            checkpoint.SHARDS_KEY: self._engine.ranks.shards,
-            "state": state,
-        }
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Collect the state of all ranks, as ``Shampoo.consolidate_state_dict``.
-
-        What the user's optimizer keeps is not touched.
-        """
-        self._consolidated = None
-        own = self.state_dict()
-        numbers = iter(range(len(own["state"])))
-        groups = [{"params": [next(numbers) for _ in plan.names]} for plan in self._engine.plans]
-        numbered = {"state": dict(enumerate(own["state"])), "param_groups": groups}
-        whole = consolidation.collect(self._engine, numbered, to)
-        if whole is not None:
-            self._consolidated = {**own, "state": [whole["state"][i] for i in range(len(own["state"]))]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, in a new epoch.
-
-        Raises:
-            ValueError: it does not fit the optimizer's parameters; names the first that differs.
-        """
-        self._plan()
-        checkpoint.check_format(state_dict)
-        saved: list[dict[str, Any]] = state_dict["state"]
-        shards = state_dict.get(checkpoint.SHARDS_KEY)
-        groups = [group["params"] for group in self._optimizer.param_groups]
-        if len(saved) != sum(map(len, groups)):
-            raise ValueError(
-                f"the checkpoint has the state of {len(saved)} parameters, the optimizer has "
-                f"{sum(map(len, groups))}"
-            )
-        remaining: Iterator[dict[str, Any]] = iter(saved)
-        stored = [[next(remaining) for _ in params] for params in groups]
-        for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
-            for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
-                # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
-                checkpoint.check_state(
-                    state or {"step": 0}, {"second_moment": tuple(parameter.shape)}, plan, index, shards
-                )
-        self._consolidated = None
-        self._moments.clear()
-        for params, states in zip(groups, stored, strict=True):
-            for parameter, state in zip(params, states, strict=True):
-                own = {key: value for key, value in state.items() if not key.startswith("block.")}
-                if own:
-                    self._moments[parameter] = {
-                        key: checkpoint.placed(value, parameter, self._engine.ranks)
-                        for key, value in own.items()
-                    }
-        checkpoint.restore_blocks(
-            self._engine,
-            stored,
-            int(state_dict[checkpoint.STEP_KEY]),
-            int(state_dict[checkpoint.EPOCH_KEY]),
-            shards,
-        )
-
-    @torch.no_grad()
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # torch passes the optimizer itself as the first of args.
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._precondition(optimizer)
-            return None
-        closures.refuse_under_grad_scaler()
-        stand_in = closures.evaluated(closure)
-        self._precondition(optimizer)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": stand_in}
-        return (args[0], stand_in, *args[2:]), kwargs
-
-    def _precondition(self, optimizer: Optimizer) -> None:
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "the gradients are still scaled: call scaler.unscale_(optimizer) before "
-                "scaler.step(optimizer), or make the optimizer without fused=True"
-            )
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and not is_deferred(found_inf.device) and bool(found_inf):
-            return
-        plans = self._plan()
-        gradients = [
-            working_gradients({**_PLAIN, "params": group["params"], "grafting": self._grafting}, plan.names)
-            for group, plan in zip(optimizer.param_groups, plans, strict=True)
-        ]
-        if not any(g is not None for of_group in gradients for g in of_group):
-            return
-        if only_initialises(optimizer, gradients):
-            return
-        guard = self._engine.examine(gradients, found_inf)
-        usable = self._engine.advance(gradients, guard)
-        updates = [
-            self._diagonal(group, of_group, guard)
-            for group, of_group in zip(optimizer.param_groups, gradients, strict=True)
-        ]
-        for plan, of_group, directions_of in zip(plans, gradients, updates, strict=True):
-            self._engine.precondition(plan, of_group, directions_of, self._grafting, usable)
-        self._engine.share(updates)
-        if guard is not None:
-            guard.clear_([update for of_group in updates for update in of_group if update is not None])
-        for group, directions_of in zip(optimizer.param_groups, updates, strict=True):
-            for parameter, update in zip(group["params"], directions_of, strict=True):
-                if update is not None and update is not (held := local(parameter.grad)):
-                    held.copy_(update)
-
-    def _diagonal(
-        self, group: dict[str, Any], gradients: list[torch.Tensor | None], guard: Guard | None
-    ) -> list[torch.Tensor | None]:
-        """The direction that blocks without a version pass on, and whose length the others take."""
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        grads = [g for g in gradients if g is not None]
-        if not grads:
-            return gradients
-        if self._grafting.method in (Grafting.SGD, Grafting.NONE):
-            # The gradient is its own direction, and can be overwritten block by block.
-            return [g if g is None else g.contiguous() for g in gradients]
-        params = [group["params"][i] for i in present]
-        states = []
-        for parameter, gradient in zip(params, grads, strict=True):
-            state = self._moments.setdefault(parameter, {"step": 0})
-            state["step"] += 1
-            if needs_second_moment(self._grafting) and "second_moment" not in state:
-                state["second_moment"] = like(parameter, torch.zeros_like(gradient))
-            states.append(state)
-        moments = [local(s["second_moment"]) for s in states] if needs_second_moment(self._grafting) else []
-        if moments:
-            update_second_moments(self._grafting, moments, grads, guard)
-        held = [local(p).detach() for p in params] if owns_weight_decay(self._grafting) else []
-        weights = cast_like(held, grads[: len(held)])
-        steps = [s["step"] for s in states]
-        norms = self._engine.ranks.norms
-        found = directions(self._grafting, grads, moments, steps, weights, 0.0, norms)
-        result: list[torch.Tensor | None] = [None] * len(gradients)
-        for position, direction in zip(present, found, strict=True):
-            result[position] = direction.contiguous()
-        return result
-
-    def _plan(self) -> list[Any]:
-        """Plans of all groups; those added meanwhile join."""
-        known = [name for plan in self._engine.plans for name in plan.names]
-        planned = [group["params"] for group in self._optimizer.param_groups[: len(self._engine.plans)]]
-        if self._engine.forget_moved(planned):
-            self._names.update(zip(itertools.chain(*planned), known, strict=False))
-        plans = self._engine.plans
-        for number in range(len(plans), len(self._optimizer.param_groups)):
-            params = self._optimizer.param_groups[number]["params"]
-            names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
-            self._engine.add_group(self._settings, params, names)
-        return plans
-
-    def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict[STATE_KEY] = self.state_dict()
-
-    def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get(STATE_KEY)
-        if saved is not None:
-            self.load_state_dict(saved)
-
-
-# The user's optimizer sees to sign and weight decay by itself.
-_PLAIN: dict[str, Any] = {"maximize": False, "weight_decay": 0.0, "decoupled_weight_decay": True}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from preconditioner_client.choice import Choice
+from preconditioner_client.options import check_number, check_numbers
 
 
 class Grafting(str, enum.Enum):
@@ -76,6 +77,7 @@ class Ridge:
     value: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(
             math.isfinite(self.value) and self.value >= 0,
             f"ridge value must be finite and >= 0, not {self.value}",
@@ -106,6 +108,7 @@ class GraftingConfig:
     blend_steps: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(0 <= self.beta2 < 1, f"grafting beta2 must be in [0, 1), not {self.beta2}")
         _require(
             self.epsilon >= 0 and math.isfinite(self.epsilon),
@@ -136,6 +139,7 @@ class StatisticsConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(
             0 <= self.beta < 1,
             f"statistics beta must be in [0, 1), not {self.beta}; for a sum use accumulation='sum'",
@@ -159,6 +163,7 @@ class BlockingConfig:
     max_side: int | None = 8192
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(self.block_size >= 1, f"block_size must be >= 1, not {self.block_size}")
         _require(self.max_side is None or self.max_side >= 1, f"max_side must be >= 1, not {self.max_side}")
 
@@ -179,6 +184,8 @@ class RootConfig:
     def __post_init__(self) -> None:
         values = self.exponent.values() if isinstance(self.exponent, Mapping) else [self.exponent]
         for value in values:
+            if value is not None:
+                check_number("exponent", value)
             _require(
                 value is None or (math.isfinite(value) and value > 0),
                 f"exponent must be finite and > 0 (it is applied as S^-exponent), not {value}",
@@ -221,6 +228,7 @@ class StalenessConfig:
     AUTO_REFRESH: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(self.max_staleness >= 1, f"max_staleness must be >= 1 step, not {self.max_staleness}")
         _require(
             self.refresh_every is None or self.refresh_every >= 1,

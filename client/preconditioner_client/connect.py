@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
@@ -9,7 +10,7 @@ import socket
 
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.recording import TrainerHistory
-from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_config import ServiceConfig, check_job
 
 _numbers = itertools.count()
 
@@ -22,11 +23,15 @@ def make_exchange(service: str | ServiceConfig | Exchange | None, job: str | Non
         job: name at the service; default the config's, else one of this host, process and optimizer.
 
     Raises:
-        ValueError: a setting or an address that cannot be right.
+        TypeError: no service at all.
+        ValueError: a setting, an address or a job's name that cannot be right.
         ExchangeError: the service could not be started, or refuses this trainer for good.
     """
-    if isinstance(service, Exchange):
-        return service, job or _default_job()
+    if job is not None:
+        check_job(job)
+    # To a protocol a class looks like its instances.
+    if isinstance(service, Exchange) and not inspect.isclass(service):
+        return service, _default_job() if job is None else job
     # Only now, so that an optimizer with an exchange of its own needs no gRPC.
     from preconditioner_client.service_exchange import ServiceExchange
 

@@ -11,6 +11,7 @@ import ctypes
 import enum
 import logging
 import os
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,22 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # The service is the only one that answers for its state: gRPC repeats nothing by itself.
     ("grpc.enable_retries", 0),
 )
+
+_QUOTA = re.compile(r"\((max_\w+)\)")
+_WAYS_OUT = {
+    "max_sessions": "train with fewer ranks, end another session of the job, or have max_sessions raised",
+    "max_jobs": "end another of these jobs, wait until one has ended, or have max_jobs raised",
+    "max_blocks": (
+        "cut the parameters into fewer blocks (a larger block_size, or a smaller max_side, beyond which a "
+        "dimension is not preconditioned), or have max_blocks raised"
+    ),
+    "max_side": "cut the parameters into smaller blocks (a smaller block_size), or have max_side raised",
+    "max_job_bytes": (
+        "send less (a smaller max_side, beyond which a dimension is not preconditioned, or a shorter delay), "
+        "end another session of the job, or have max_job_bytes raised"
+    ),
+}
+"""By the quota that the details of RESOURCE_EXHAUSTED name in brackets."""
 
 _channels: weakref.WeakSet[grpc.Channel] = weakref.WeakSet()
 
@@ -162,12 +179,20 @@ def explain(error: Any, address: str, *, job: str = "", attaching: bool = False)
     if code is status.RESOURCE_EXHAUSTED:
         return Failure(
             final,
-            f"{where} has no room for the session ({details}): raise its quota, or send less (a smaller "
-            f"block_size or max_side)",
+            f"{where} has no room for the session ({details}): {_way_out(details)}",
         )
     if code is status.UNIMPLEMENTED:
         return Failure(final, f"what listens at {address} is no preconditioner service ({details})")
     return Failure(Outcome.RETRY, f"{where}: {code.name if code else 'unknown error'}: {details}")
+
+
+def _way_out(details: str) -> str:
+    """What helps against a quota."""
+    quotas = _QUOTA.findall(details)  # the last, since a block's name may come before
+    return _WAYS_OUT.get(
+        quotas[-1] if quotas else "",
+        "wait until other jobs have ended, have its quota raised, or send less (a smaller max_side)",
+    )
 
 
 def check_version(status: pb.GetStatusResponse, address: str) -> None:
@@ -223,6 +248,17 @@ def warn_unreachable(reason: str) -> None:
         "%s. Training goes on with the preconditioners that it has, and with the grafted diagonal update "
         "where there is none; the connection is tried again in the background.",
         reason,
+    )
+
+
+def warn_in_vain(was_connected: bool) -> None:
+    """The one warning, at the end, about a training that no preconditioner ever reached."""
+    logger.warning(
+        "training ended before the preconditioner service %s: blocks had no preconditioner, but for those of "
+        "a checkpoint, and made the steps of the grafted diagonal method. Train longer, start the service "
+        "before the training (preconditioner-service serve, and service='host:port'), or let steps wait for "
+        "it: StalenessConfig(adoption='scheduled', refresh_every=..., delay=...)",
+        "had sent a preconditioner that was used" if was_connected else "was ready or could be reached",
     )
 
 

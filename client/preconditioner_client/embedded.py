@@ -55,6 +55,8 @@ _INHERITED = frozenset(
         "HISTORY_MATRICES",
     )
 )
+_NICENESS = {_ENV_PREFIX + "WORKER_NICE": "15"}
+"""Training goes first: roots take what it leaves of the cores."""
 
 
 class EmbeddedService:
@@ -69,7 +71,7 @@ class EmbeddedService:
     """
 
     def __init__(
-        self, workers: int | None = None, start_timeout: float = 120.0, command: Sequence[str] | None = None
+        self, workers: int | None = None, start_timeout: float = 300.0, command: Sequence[str] | None = None
     ) -> None:
         self.token = secrets.token_urlsafe(32)
         self._command = list(command) if command is not None else _command(workers)
@@ -91,6 +93,11 @@ class EmbeddedService:
         lock.with_suffix(".new").rename(lock)
         self._thread = threading.Thread(target=self._keep, name="preconditioner-embedded", daemon=True)
         _live.append(self)
+        logger.info(
+            "an embedded preconditioner service is being started, which takes some seconds; until it has "
+            "sent preconditioners, steps are those of the grafted diagonal method. Its output is in %s",
+            self.log_path,
+        )
         self._thread.start()
 
     @property
@@ -196,11 +203,12 @@ class EmbeddedService:
         return f"{reason}. Last lines of its output, in full in {self.log_path}:\n{relay.tail()}"
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        environment = {
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(_ENV_PREFIX) or name in _INHERITED
         }
+        environment = _NICENESS | inherited
         environment[_ENV_PREFIX + "TOKEN"] = self.token
         stdin, lifeline = os.pipe()
         try:

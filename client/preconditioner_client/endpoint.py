@@ -12,7 +12,7 @@ from preconditioner_client.embedded import EmbeddedService
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.service_config import ServiceConfig
 
-INSTALL_HINT = "pip install 'async-preconditioner[service]'"
+INSTALL_HINT = "install async-preconditioner[service] from its checkout or wheel"
 
 
 class Endpoint(Protocol):
@@ -93,6 +93,6 @@ def check_installed() -> None:
     for module in ("preconditioner_service", "ray"):
         if importlib.util.find_spec(module) is None:
             raise ExchangeError(
-                f"service='embedded' needs {module}, which is not installed here: run {INSTALL_HINT}, or "
+                f"service='embedded' needs {module}, which is not installed here: {INSTALL_HINT}, or "
                 f"give the address of a running service, as in service='host:50051'"
             )

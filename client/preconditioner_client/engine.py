@@ -6,8 +6,9 @@ with which blocks may be preconditioned, and does it.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Exchange, SessionSpec
-from preconditioner_client.gradients import check_finite, judge, named
+from preconditioner_client.gradients import check_finite, check_shapes, judge, named
 from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.held_blocks import HeldBlocks
@@ -71,7 +72,7 @@ class Engine:
         # Larger than any before, also where the clock was set back meanwhile.
         self.epoch = max(time.time_ns() // 1000, newest_epoch(self._raw_exchange, self._job) + 1)
         self._history = self.refresher.history = history_of(self._raw_exchange)
-        self._step_began = 0.0
+        self._step_began: float | None = None
         self._waited_before = 0.0
         self._usable: Mask = np.empty(0, dtype=np.bool_)
         self._exchange = self._raw_exchange
@@ -81,6 +82,7 @@ class Engine:
         self.parameters: list[torch.Tensor] = []
         self._devices: list[torch.device] = []
         self._texts: list[str] = []
+        self._shapes: list[torch.Size] = []
         self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
         self._skipped = SkippedSteps()
@@ -116,7 +118,9 @@ class Engine:
         self.plans.append(plan)
         self._held.extend(plan)
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
-        self._compared.extend(parameters if compared is None else compared)
+        own = parameters if compared is None else compared
+        self._compared.extend(own)
+        self._shapes.extend(parameter.shape for parameter in own)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
@@ -153,6 +157,7 @@ class Engine:
         self.parameters = []
         self._devices = []
         self._texts = []
+        self._shapes = []
         self._compared = []
         self._held = HeldBlocks()
         self._loads = Loads()
@@ -177,9 +182,12 @@ class Engine:
 
         Raises:
             ValueError: one is not finite, and the host knows it; see
-                :func:`preconditioner_client.gradients.check_finite`.
+                :func:`preconditioner_client.gradients.check_finite`. Or a parameter has another shape than
+                its blocks were cut for.
         """
-        present = named(gradients, [plan.names for plan in self.plans])
+        names = [plan.names for plan in self.plans]
+        check_shapes(self._compared, self._shapes, names)
+        present = named(gradients, names)
         devices = {gradient.device for _, gradient in present}
         if len(devices) > 1 or not is_deferred(present[0][1].device):
             check_finite(present, self.ranks.maximum_over_shards)
@@ -187,6 +195,22 @@ class Engine:
         verdict, guard = judge(present, self.ranks.maximum_over_shards, found_inf)
         self._skipped.note(self.step + 1, [name for name, _ in present], verdict)
         return guard
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Stands around all that an optimizer does with the engine in a step, and records how it ends."""
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            # None: it came to an end before it was a step, as with gradients that are not finite.
+            if self._history is not None and self._step_began is not None:
+                waited = self.refresher.wait_seconds - self._waited_before
+                seconds = time.perf_counter() - self._step_began
+                self._step_began = None
+                used = self._usable if completed else None
+                self._history.step_ended(self.step, seconds, waited, used)
 
     def advance(self, gradients: Sequence[MaybeTensors], guard: Guard | None = None) -> Mask:
         """Begin the next step: accumulate statistics, offer snapshots, adopt what is there.
@@ -203,13 +227,15 @@ class Engine:
             ValueError: on all ranks, when a session begins: they do not train the same, see
                 :func:`preconditioner_client.agreement.agree`.
         """
-        if self._session_due:
-            self._open_session()
+        # Not timed: ranks wait here for those that begin later.
+        session = self._agreed_session() if self._session_due else None
         self.step += 1
         if self._history is not None:
             self._step_began = time.perf_counter()
             self._waited_before = self.refresher.wait_seconds
             self._history.step_begun(self.step)
+        if session is not None:
+            self._open(session)
         self._accumulate(gradients, guard)
         if (shared := self._sharing()) is not None:
             shared.begin(gradients)
@@ -291,10 +317,6 @@ class Engine:
         """
         if (shared := self._sharing()) is not None:
             shared.complete(updates)
-        if self._history is not None:
-            waited = self.refresher.wait_seconds - self._waited_before
-            seconds = time.perf_counter() - self._step_began
-            self._history.step_ended(self.step, seconds, waited, self._usable)
 
     def _sharing(self) -> SharedUpdates | None:
         """What brings the blocks of other replicas; None where there is one."""
@@ -326,7 +348,8 @@ class Engine:
         """End the exchange. Idempotent."""
         self._exchange.close()
 
-    def _open_session(self) -> None:
+    def _agreed_session(self) -> SessionSpec:
+        """What the next session is to be, as all ranks agree on it."""
         # The protocol fixes the manifest for an epoch, so added blocks need another one.
         self.epoch += self._session_opened
         self._session_opened = True
@@ -338,6 +361,7 @@ class Engine:
         self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)
         self._session_due = False
         staleness = self.refresher.config
+        devices = self._held.devices()
         session = SessionSpec(
             job=self._job,
             epoch=self.epoch,
@@ -346,14 +370,17 @@ class Engine:
             world_size=self.ranks.world_size,
             max_staleness=staleness.max_staleness,
             snapshots_in_flight=staleness.snapshots_in_flight,
+            pinned=frozenset(block for block, device in enumerate(devices) if device.type == "cuda"),
         )
         if self._history is not None:
             self._history.session(session, staleness, self.refresher.versions, self.step)
-        devices = self._held.devices()
-        if not devices:
+        return session
+
+    def _open(self, session: SessionSpec) -> None:
+        if not session.blocks:
             return
-        if any(device.type == "cuda" for device in devices):
-            self._exchange = UploadingExchange(self._raw_exchange, devices)
+        if session.pinned:
+            self._exchange = UploadingExchange(self._raw_exchange, self._held.devices())
         self._exchange.open(session)
 
     def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:

@@ -38,7 +38,19 @@ class BlockSpec:
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """All that a session fixes. ``blocks`` are named by their index everywhere else."""
+    """All that a session fixes.
+
+    Attributes:
+        job: name of the training job.
+        epoch: grows with every life of the job.
+        blocks: named by their index everywhere else.
+        rank: of this process.
+        world_size: number of processes of the job.
+        max_staleness: the bound N, in steps.
+        snapshots_in_flight: how many versions of a block may be under way.
+        pinned: blocks whose preconditioners go on to an accelerator, and so should arrive in page-locked
+            memory; an exchange may do without.
+    """
 
     job: str
     epoch: int
@@ -47,6 +59,7 @@ class SessionSpec:
     world_size: int = 1
     max_staleness: int = 0
     snapshots_in_flight: int = 1
+    pinned: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

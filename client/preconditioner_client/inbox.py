@@ -22,7 +22,7 @@ class NotFiniteError(ValueError):
     """A preconditioner that holds NaN or infinity."""
 
 
-def unpack_arrival(packed: PackedBlock, sides: Sequence[int]) -> Arrival:
+def unpack_arrival(packed: PackedBlock, sides: Sequence[int], pinned: bool = False) -> Arrival:
     """Full, exactly symmetric float32 tensors of a received block.
 
     NumPy does the work, and not torch: torch would start a second pool of compute threads beside the
@@ -31,6 +31,7 @@ def unpack_arrival(packed: PackedBlock, sides: Sequence[int]) -> Arrival:
     Args:
         packed: whole and with the right checksums.
         sides: side lengths of the block.
+        pinned: into page-locked memory, from which an accelerator copies without the host's help.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -39,8 +40,18 @@ def unpack_arrival(packed: PackedBlock, sides: Sequence[int]) -> Arrival:
     for side, (values, n) in enumerate(zip(packed.sides, sides, strict=True)):
         if not np.isfinite(values).all():
             raise NotFiniteError(f"side {side} of block {packed.block} step {packed.step} is not finite")
-        full.append(torch.from_numpy(unpack(values, n).astype(np.float32, copy=False)))
+        matrix_NN = torch.from_numpy(unpack(values, n).astype(np.float32, copy=False))
+        full.append(_page_locked(matrix_NN) if pinned else matrix_NN)
     return Arrival(packed.block, packed.step, tuple(full))
+
+
+def _page_locked(matrix_NN: torch.Tensor) -> torch.Tensor:
+    try:
+        host_NN = torch.empty(matrix_NN.shape, dtype=matrix_NN.dtype, pin_memory=True)
+    except RuntimeError:  # there is no more of such memory, or no accelerator: slower, but as good
+        return matrix_NN
+    np.copyto(host_NN.numpy(), matrix_NN.numpy())
+    return host_NN
 
 
 class Inbox:

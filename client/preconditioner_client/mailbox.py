@@ -61,6 +61,7 @@ class Mailbox:
         self._failure: str | None = None
         self._failed = False
         self._stopped = False
+        self._taken = False
 
     # -- the training thread -------------------------------------------------------------------------
 
@@ -124,7 +125,9 @@ class Mailbox:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise ExchangeError(failure)
-            return self._inbox.collect()
+            items = self._inbox.collect()
+            self._taken = self._taken or any(isinstance(item, Arrival) for item in items)
+            return items
 
     def wait(self, timeout: float) -> bool:
         """Block until there is something to collect or a new generation, or ``timeout`` seconds passed."""
@@ -164,6 +167,12 @@ class Mailbox:
     def order(self) -> Order | None:
         """The session asked for; None once stopped."""
         return None if self._stopped else self._order
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether a session was asked for, no preconditioner was ever taken, and no error said why."""
+        asked = self._order is not None and bool(self._order.spec.blocks)
+        return asked and not self._taken and not self._failed
 
     def await_change(self, order: Order | None, timeout: float | None = None) -> None:
         """Block until another session than ``order`` is asked for, all is stopped, or ``timeout``."""

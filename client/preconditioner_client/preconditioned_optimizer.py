@@ -31,6 +31,7 @@ class PreconditionedOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], make_engine: Callable[[], Engine]) -> None:
         self._engine: Engine | None = None
+        self._heavy_balls: list[bool] = []
         self._consolidated: dict[str, Any] | None = None
         self._warned = False
         super().__init__(params, defaults)
@@ -44,6 +45,9 @@ class PreconditionedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        # A copy of a group whose momentum a scheduler cycles has none of its own, if none was asked for.
+        cycled = "max_momentum" in param_group and self.defaults["momentum"] == 0
+        self._heavy_balls.append(self.param_groups[-1]["momentum"] > 0 and not cycled)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -71,6 +75,7 @@ class PreconditionedOptimizer(Optimizer):
             closures.refuse_under_grad_scaler()
             with torch.enable_grad():
                 loss = closure()
+        self._take_cycled_momentum()
         engine = self._planned()
         self._consolidated = None
         gradients = [
@@ -84,15 +89,16 @@ class PreconditionedOptimizer(Optimizer):
                 states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
             checkpoint.write(self, engine)
             return loss
-        guard = engine.examine(gradients)
-        usable = engine.advance(gradients, guard)
-        updates = [
-            directions_of(engine, self.state, group, plan, of_group, usable, guard)
-            for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
-        ]
-        engine.share(updates)
-        for group, of_group in zip(self.param_groups, updates, strict=True):
-            apply_updates(self.state, group, of_group, guard)
+        with engine.recorded():
+            guard = engine.examine(gradients)
+            usable = engine.advance(gradients, guard)
+            updates = [
+                directions_of(engine, self.state, group, plan, of_group, usable, guard)
+                for group, plan, of_group in zip(self.param_groups, engine.plans, gradients, strict=True)
+            ]
+            engine.share(updates)
+            for group, of_group in zip(self.param_groups, updates, strict=True):
+                apply_updates(self.state, group, of_group, guard)
         return loss
 
     def metrics(self) -> dict[str, Any]:
@@ -122,6 +128,7 @@ class PreconditionedOptimizer(Optimizer):
         """
         if self._consolidated is not None:
             return self._consolidated
+        self._take_cycled_momentum()
         engine = self._planned()
         # Before the first step there is nothing to lose; Accelerate asks for it then.
         if engine.ranks.replicas > 1 and engine.step > 0 and not self._warned:
@@ -146,6 +153,7 @@ class PreconditionedOptimizer(Optimizer):
         Args:
             to: global rank that gets it.
         """
+        self._take_cycled_momentum()
         engine = self._planned()
         checkpoint.write(self, engine)
         own = checkpoint.exported(engine, super().state_dict(), blocks=consolidation.receives(engine, to))
@@ -161,6 +169,7 @@ class PreconditionedOptimizer(Optimizer):
         checkpoint.check(self, engine, state_dict)
         self._consolidated = None
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
+        self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]
         checkpoint.read(self, engine, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,6 +180,17 @@ class PreconditionedOptimizer(Optimizer):
     def own_state_shapes(self, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
         """Tensors that the state of a parameter may have beside moments and blocks, with their shapes."""
         return {}
+
+    def _take_cycled_momentum(self) -> None:
+        """Take as beta1 what a scheduler cycles in a group without a heavy ball.
+
+        OneCycleLR and CyclicLR cycle ``betas[0]`` where an optimizer has it, else ``momentum``, which here
+        would be a second average on top of the first.
+        """
+        # Groups that were put into the list by hand are taken as they are.
+        for group, heavy_ball in zip(self.param_groups, self._heavy_balls, strict=False):
+            if "max_momentum" in group and not heavy_ball and group["momentum"] > 0 < group["beta1"]:
+                group["beta1"], group["momentum"] = group["momentum"], 0.0
 
     def _planned(self) -> Engine:
         """The engine with a plan of every group; made late, since modules move to their device until then."""

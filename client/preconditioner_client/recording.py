@@ -66,17 +66,26 @@ class TrainerHistory:
         """The optimizer's step begins."""
         self._recorder.record(Kind.STEP_BEGUN, self._scope, step=step)
 
-    def step_ended(self, step: int, seconds: float, waited: float, used: npt.NDArray[np.bool_]) -> None:
-        """Directions are complete; ``used`` says of every block whether its preconditioner was applied."""
-        changed = self._used is None or not np.array_equal(used, self._used)
-        self._used = used
+    def step_ended(
+        self, step: int, seconds: float, waited: float, used: npt.NDArray[np.bool_] | None
+    ) -> None:
+        """The step is over; ``used`` says of every block whether its preconditioner was applied.
+
+        None: it raised an error, so that nothing is known of what it applied.
+        """
+        blocks = None
+        if used is not None and (self._used is None or not np.array_equal(used, self._used)):
+            blocks = np.flatnonzero(used).tolist()
+            self._used = used
+        raised: dict[str, Any] = {"raised": True} if used is None else {}
         self._recorder.record(
             Kind.STEP_ENDED,
             self._scope,
             step=step,
             seconds=round(seconds, 6),
             waited=round(waited, 6),
-            used=np.flatnonzero(used).tolist() if changed else None,
+            used=blocks,
+            **raised,
         )
 
     def taken(self, snapshots: Sequence[Snapshot]) -> None:

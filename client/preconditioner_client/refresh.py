@@ -276,6 +276,17 @@ class Refresher:
         self.counters["waits"] += 1
         if self.history is not None:
             self.history.wait_begun(step, late)
+        try:
+            self._wait_for(exchange, step, late, deadline)
+        finally:
+            waited = time.monotonic() - began
+            self.wait_seconds += waited
+            if self.history is not None:
+                self.history.wait_ended(step, waited, timed_out=self._breaker_open)
+        if self.history is not None and self._breaker_open:
+            self.history.breaker(step, opened=True)
+
+    def _wait_for(self, exchange: Exchange, step: int, late: Mask, deadline: float) -> None:
         while late.any():
             if exchange.generation != self._generation:
                 self._reoffer(exchange, step)
@@ -297,12 +308,6 @@ class Refresher:
                 break
             self._collect(exchange, step)
             late = self._late(step)
-        waited = time.monotonic() - began
-        self.wait_seconds += waited
-        if self.history is not None:
-            self.history.wait_ended(step, waited, timed_out=self._breaker_open)
-            if self._breaker_open:
-                self.history.breaker(step, opened=True)
 
     def _warn(self, state: str, message: str) -> None:
         """Log a state once, until it has ended."""

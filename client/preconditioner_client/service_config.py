@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import ipaddress
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preconditioner_client.options import check_numbers
 from preconditioner_protos.manifest import JOB_PATTERN
 
 EMBEDDED = "embedded"
@@ -21,12 +24,20 @@ EMBEDDED = "embedded"
 
 ADDRESS_VARIABLE = "PRECONDITIONER_SERVICE"
 CONFIG_VARIABLE = "PRECONDITIONER_CLIENT_CONFIG"
+_COMMON_PREFIX = "PRECONDITIONER_"
 _PREFIX = "PRECONDITIONER_CLIENT_"
+_PREFIXES_OF_OTHERS = ("PRECONDITIONER_SERVICE_", "PRECONDITIONER_WORKER_")
 _SHORT_VARIABLES = {
     "address": ADDRESS_VARIABLE,
     "token": "PRECONDITIONER_TOKEN",
     "token_file": "PRECONDITIONER_TOKEN_FILE",
 }
+# What Kubernetes sets in every pod for a Service named preconditioner, or preconditioner-anything. A bare
+# PORT is told from a setting by its value.
+_SERVICE_LINK = re.compile(
+    r"PRECONDITIONER(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,7 @@ class ServiceConfig:
     history_matrices: str | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if any((self.tls_ca, self.tls_cert, self.tls_key)):
             object.__setattr__(self, "tls", True)
         if self.token is not None:
@@ -85,8 +97,8 @@ class ServiceConfig:
             raise ValueError("token and token_file exclude each other: give one")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("mutual TLS needs both tls_cert and tls_key")
-        if self.job is not None and not JOB_PATTERN.fullmatch(self.job):
-            raise ValueError(f"job {self.job[:80]!r} is not 1 to 200 characters of [A-Za-z0-9._-]")
+        if self.job is not None:
+            check_job(self.job)
         for name in ("connect_timeout", "start_timeout", "close_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -169,7 +181,11 @@ class ServiceConfig:
         elif isinstance(argument, str):
             given = {"address": argument}
         else:
-            raise TypeError(f"service must be an address or a ServiceConfig, not {type(argument).__name__}")
+            # Not the value, which may hold a token.
+            raise TypeError(
+                f'service must be "embedded", "host:port", a ServiceConfig or an Exchange, not '
+                f"{type(argument).__name__}"
+            )
         settings: dict[str, Any] = {}
         path = environ.get(CONFIG_VARIABLE)
         for place in (_read_file(path) if path else {}, _read_environment(environ), given):
@@ -178,6 +194,17 @@ class ServiceConfig:
                 settings.pop("token_file", None)
             settings.update(place)
         return cls(**settings)
+
+
+def check_job(job: str) -> None:
+    """Refuse what no job may be called.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if not (isinstance(job, str) and JOB_PATTERN.fullmatch(job)):
+        shown = job[:80] if isinstance(job, str) else job
+        raise ValueError(f"job {shown!r} is not 1 to 200 characters of [A-Za-z0-9._-]")
 
 
 def check_token(token: str, source: str) -> None:
@@ -243,12 +270,33 @@ _TYPES: dict[str, tuple[type, Callable[[str], Any]]] = {
 _FIELDS = {f.name: _TYPES[str(f.type)] for f in dataclasses.fields(ServiceConfig)}
 
 
+def _is_of_others(name: str, value: str) -> bool:
+    """Whether a variable is another component's, or a service link of Kubernetes."""
+    if _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and _SERVICE_LINK_URL.fullmatch(value)):
+        return True
+    return name.startswith(_PREFIXES_OF_OTHERS)
+
+
+def _near(name: str, variables: Mapping[str, str]) -> list[str]:
+    """Variables that a misspelt one may stand for.
+
+    Args:
+        name: the misspelt one.
+        variables: by field.
+    """
+    # Without the prefix, which makes all of them alike.
+    stem = name.removeprefix(_PREFIX).removeprefix(_COMMON_PREFIX).lower()
+    return [variables[field] for field in difflib.get_close_matches(stem, variables, n=2, cutoff=0.7)]
+
+
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     names = {name: _SHORT_VARIABLES.get(name, _PREFIX + name.upper()) for name in _FIELDS}
     known = {CONFIG_VARIABLE, *names.values()}
-    unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
-    if unknown:
-        raise ValueError(f"unknown variable {unknown[0]}; known are {', '.join(sorted(known))}")
+    for name in sorted(environ):
+        if name.startswith(_COMMON_PREFIX) and name not in known and not _is_of_others(name, environ[name]):
+            near = _near(name, {**names, "service": ADDRESS_VARIABLE, "config": CONFIG_VARIABLE})
+            hint = f". Was {' or '.join(near)} meant?" if near else ""
+            raise ValueError(f"unknown variable {name}; known are {', '.join(sorted(known))}{hint}")
     settings: dict[str, Any] = {}
     for name, variable in names.items():
         text = environ.get(variable)

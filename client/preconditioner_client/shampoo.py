@@ -27,6 +27,7 @@ from preconditioner_client.distribution import AUTO, DistributedConfig
 from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
+from preconditioner_client.options import config
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -100,14 +101,13 @@ class Shampoo(PreconditionedOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
-            "grafting": grafting or GraftingConfig(),
-            "statistics": statistics or StatisticsConfig(),
-            "blocking": blocking or BlockingConfig(),
-            "root": root or RootConfig(),
+            "grafting": config("grafting", grafting, GraftingConfig()),
+            "statistics": config("statistics", statistics, StatisticsConfig()),
+            "blocking": config("blocking", blocking, BlockingConfig()),
+            "root": config("root", root, RootConfig()),
         }
-        super().__init__(
-            params, defaults, lambda: Engine(staleness or StalenessConfig(), service, job, distributed)
-        )
+        freshness = config("staleness", staleness, StalenessConfig())
+        super().__init__(params, defaults, lambda: Engine(freshness, service, job, distributed))
 
     def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
         """Peak memory of this optimizer, beside parameters and gradients; what counts is in the result.
@@ -123,6 +123,7 @@ class Shampoo(PreconditionedOptimizer):
             ValueError: ``replica`` is none of ``replicas``, or the parameters are ``DTensor``, which bring
                 their own mesh.
         """
+        self._take_cycled_momentum()
         engine = cast(Engine, self._engine)
         return estimate_memory(
             self.param_groups,

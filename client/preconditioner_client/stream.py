@@ -181,7 +181,7 @@ class Stream:
             self._mailbox.drop(self._lane, block, step)
             return
         try:
-            arrival = unpack_arrival(outcome, self._layout.sides[block])
+            arrival = unpack_arrival(outcome, self._layout.sides[block], block in self._spec.pinned)
         except NotFiniteError as error:
             rejection = _rejection(block, step, pb.NACK_REASON_NOT_FINITE, str(error))
             self._mailbox.drop(self._lane, block, step, rejection)

@@ -20,6 +20,7 @@ from preconditioner_client.connection import (
     explain,
     open_channel,
     stub,
+    warn_in_vain,
     warn_unreachable,
 )
 from preconditioner_client.endpoint import Endpoint
@@ -86,6 +87,7 @@ class Supervisor:
         self._opened_at = ""
         self._attached_at: float | None = None
         self._logged: set[str] = set()
+        self._explained = False
         self._thread = threading.Thread(target=self._run, name="preconditioner-exchange", daemon=True)
         self._on_end: Callable[[], None] = lambda: None
 
@@ -125,6 +127,8 @@ class Supervisor:
                 self._serve(order)
                 served = order
         finally:
+            if self._mailbox.in_vain and not self._explained:
+                warn_in_vain(self._mailbox.counters()["connections"] > 0)
             self._endpoint.release()
             self._on_end()
 
@@ -194,6 +198,7 @@ class Supervisor:
             self._logged.add(failure.message)
             if not self._mailbox.fail(order, failure.message):
                 logger.error("%s", failure.message)
+                self._explained = True
         if failure.outcome is Outcome.REFUSED:
             self._opened = None
             return True

@@ -113,6 +113,7 @@ class UploadingExchange:
         device = self._devices[arrival.block]
         stream = side_stream(device)
         with torch.cuda.stream(stream):
+            # Most come in page-locked memory already, and pin_memory() returns these as they are.
             sides = tuple(side.pin_memory().to(device, non_blocking=True) for side in arrival.sides)
             event = torch.cuda.Event()
             event.record(stream)

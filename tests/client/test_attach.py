@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -236,3 +237,31 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer():
     with pytest.raises(ValueError, match=r"gradient of 0\.weight holds 1 NaN"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+def saved(optimizer):
+    torch.save(optimizer, io.BytesIO())
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps, saved])
+def test_an_optimizer_is_not_copied_without_its_preconditioner(take):
+    model, x, y = model_and_data()
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = attach(optimizer, model, service=LocalExchange())
+    train(model, x, y, optimizer, 2)
+    with pytest.raises(TypeError, match=r"AdamW has a preconditioner attached.*state_dict\(\).*detach\(\)"):
+        take(optimizer)
+    handle.detach()
+    take(optimizer)
+
+
+def test_an_optimizer_with_state_is_attached_to_with_a_warning(caplog):
+    model, x, y = model_and_data()
+    first = torch.optim.AdamW(model.parameters())
+    attach(first, model, service=LocalExchange())
+    assert not caplog.records
+    train(model, x, y, first, 2)
+    second = torch.optim.AdamW(model.parameters())
+    second.load_state_dict(first.state_dict())
+    attach(second, model, service=LocalExchange())
+    assert "call attach() before load_state_dict()" in caplog.text

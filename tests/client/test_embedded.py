@@ -63,8 +63,11 @@ def failure(service: EmbeddedService) -> str:
     return str(caught.value)
 
 
-def test_it_is_ready_with_address_and_token(start):
-    service = start(READY)
+def test_it_is_ready_with_address_and_token(start, caplog):
+    with caplog.at_level(logging.INFO, "preconditioner_client"):
+        service = start(READY)
+    assert "service is being started, which takes some seconds; until it has" in caplog.text
+    assert str(service.log_path) in caplog.text
     address = located(service)
     process = psutil.Process(int(address.rsplit(":", 1)[1]))
     assert process.pid == service.pid
@@ -90,6 +93,15 @@ def test_settings_of_another_service_are_kept_away(start, monkeypatch):
     assert "PRECONDITIONER_SERVICE_PORT" not in environment
     assert "PRECONDITIONER_SERVICE_TOKEN_FILE" not in environment
     assert environment["PRECONDITIONER_SERVICE_LOG_LEVEL"] == "debug"
+
+
+@pytest.mark.parametrize(("given", "niceness"), [(None, "15"), ("3", "3")])
+def test_its_actors_let_training_go_first(start, monkeypatch, given, niceness):
+    if given is not None:
+        monkeypatch.setenv("PRECONDITIONER_SERVICE_WORKER_NICE", given)
+    service = start(READY)
+    located(service)
+    assert psutil.Process(service.pid).environ()["PRECONDITIONER_SERVICE_WORKER_NICE"] == niceness
 
 
 def test_the_service_s_own_reason_is_told(start):
@@ -236,7 +248,7 @@ def test_a_missing_install_is_told_at_construction(monkeypatch, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(
-        ExchangeError, match=rf"needs {missing}.*pip install 'async-preconditioner\[service\]'"
+        ExchangeError, match=rf"needs {missing}.*install async-preconditioner\[service\] from"
     ):
         check_installed()
     with pytest.raises(ExchangeError, match=missing):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from fake_front import FakeFront, until
-from preconditioner_client import Ridge, RootConfig, ServiceConfig, Shampoo, StalenessConfig
+from preconditioner_client import (
+    Ridge,
+    RootConfig,
+    ServiceConfig,
+    Shampoo,
+    StalenessConfig,
+    preconditioned_optimizer,
+)
+from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_protos.history import HistoryError, Kind, read_history
 from preconditioner_worker.history import Expectations, examine
 
@@ -85,6 +94,45 @@ def test_a_wait_in_vain_is_recorded_with_its_breaker(front, tmp_path):
     assert 0.2 <= end.data["seconds"] < 5.0
     actions = [e.data["action"] for e in events if e.kind is Kind.POLICY_ACTED]
     assert actions == ["breaker_opened", "graft"]
+
+
+def test_a_step_that_is_interrupted_while_it_waits_is_recorded_to_its_end(front, tmp_path, monkeypatch):
+    training = Training(front, tmp_path, policy="wait", stale_timeout=60.0)
+    until(lambda: training.step()["blocks_with_version"] == 2)
+    front.on_snapshot = lambda stream, block: stream.receipt(block)
+
+    def interrupted(self, timeout):
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServiceExchange, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        until(lambda: training.step()["step"] > 1000)
+    report = training.judged()
+    assert report.violations == ()
+    begun, wait, ended = (
+        [e for e in report.history.events if e.kind is kind][-1]
+        for kind in (Kind.STEP_BEGUN, Kind.WAIT_ENDED, Kind.STEP_ENDED)
+    )
+    assert begun.step == wait.step == ended.step
+    assert ended.data["raised"] is True
+    assert 0.05 <= wait.data["seconds"] == pytest.approx(ended.data["waited"], abs=1e-5)
+
+
+@pytest.mark.parametrize("late", ["open", "apply_updates"])
+def test_all_of_a_step_is_timed(front, tmp_path, monkeypatch, late):
+    training = Training(front, tmp_path)
+    owner = ServiceExchange if late == "open" else preconditioned_optimizer
+    real = getattr(owner, late)
+
+    def slow(*args):
+        time.sleep(0.2)
+        return real(*args)
+
+    monkeypatch.setattr(owner, late, slow)
+    training.step()
+    (ended,) = [e for e in training.judged().history.events if e.kind is Kind.STEP_ENDED]
+    assert ended.data["seconds"] >= 0.2
 
 
 @pytest.mark.parametrize("policy", ["graft", "keep"])

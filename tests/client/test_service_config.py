@@ -108,6 +108,43 @@ def test_unknown_and_bad_variables_are_named():
 
 
 @pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("PRECONDITIONER_TOKN", "PRECONDITIONER_TOKEN"),
+        ("PRECONDITIONER_ADDRESS", "PRECONDITIONER_SERVICE"),
+        ("PRECONDITIONER_SERVCE", "PRECONDITIONER_SERVICE"),
+        ("PRECONDITIONER_JOB", "PRECONDITIONER_CLIENT_JOB"),
+        ("PRECONDITIONER_CLIENT_WORKER", "PRECONDITIONER_CLIENT_WORKERS"),
+        ("PRECONDITIONER_PORT", None),
+    ],
+)
+def test_a_variable_of_no_component_is_an_error_with_near_names(variable, meant):
+    with pytest.raises(ValueError, match=f"unknown variable {variable}; known are") as caught:
+        resolve(**{variable: "50051"})
+    assert (meant is None) == ("meant?" not in str(caught.value))
+    assert meant is None or f"Was {meant}" in str(caught.value)
+
+
+SERVICE_LINKS = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "50051",
+    "SERVICE_PORT_GRPC": "50051",
+    "PORT": "tcp://10.0.0.1:50051",
+    "PORT_50051_TCP": "tcp://10.0.0.1:50051",
+    "PORT_50051_TCP_PROTO": "tcp",
+    "PORT_50051_TCP_PORT": "50051",
+    "PORT_50051_TCP_ADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize("service", ["", "SERVICE_", "CLIENT_", "TEAM_A_"])
+def test_what_kubernetes_and_other_components_set_is_no_error(service):
+    links = {f"PRECONDITIONER_{service}{name}": value for name, value in SERVICE_LINKS.items()}
+    others = {"PRECONDITIONER_SERVICE_LOG_LEVEL": "debug", "PRECONDITIONER_WORKER_TRAIN__STEPS": "3"}
+    assert resolve(**links, **others) == ServiceConfig()
+
+
+@pytest.mark.parametrize(
     ("address", "message"),
     [
         ("", "address is empty"),

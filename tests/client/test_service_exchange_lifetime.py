@@ -214,3 +214,39 @@ def test_cost_of_a_step_while_matrices_flow(front, connect, capsys):
             f"99th percentile {np.percentile(micro, 99):.1f} us, longest {micro.max():.0f} us"
         )
     assert counters["received"] > 0
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_training_that_no_preconditioner_reached_says_so_at_its_end(front, connect, caplog, answered):
+    if answered:
+        front.on_snapshot = lambda stream, block: (stream.receipt(block), stream.push(block))
+    exchange = connect(front.address)
+    spec = opened(exchange, session())
+    exchange.offer([snapshot(spec, 0, 1)], 1)
+    if answered:
+        collect(exchange, 1)
+    exchange.close()
+    assert (
+        "had sent a preconditioner that was used: blocks had no preconditioner" in caplog.text
+    ) != answered
+
+
+UNREACHED = """
+import sys, torch
+from preconditioner_client import Shampoo
+
+def train():
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = Shampoo([parameter], service=sys.argv[1])
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+
+train()
+"""
+
+
+def test_so_does_one_whose_service_was_never_there():
+    trainer = run_trainer(UNREACHED, "127.0.0.1:1")
+    assert trainer.returncode == 0, trainer.stderr
+    assert "ended before the preconditioner service was ready or could be reached" in trainer.stderr
+    assert "preconditioner-service serve" in trainer.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from concurrent import futures
 
@@ -16,6 +17,10 @@ from preconditioner_client import ServiceConfig, Shampoo
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.supervisor import Supervisor
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_service.calls import EndOfStream
+from preconditioner_service.decoding import decode_open_request
+from preconditioner_service.policy import Grant
+from preconditioner_service.quotas import QuotaError, Quotas, Usage
 
 
 def test_a_superseded_trainer_never_comes_back(front, connect, caplog):
@@ -29,6 +34,16 @@ def test_a_superseded_trainer_never_comes_back(front, connect, caplog):
     assert (front.attaches, len(front.opens)) == (1, 1)
     exchange.collect(1)  # training goes on
     opened(exchange, session(job="twin", epoch=3))  # a later epoch may
+
+
+def test_a_trainer_that_was_told_why_is_not_told_to_train_longer(front, connect, caplog):
+    exchange = connect(front.address)
+    spec = opened(exchange, session(job="twin"))
+    exchange.offer([snapshot(spec, 0, 1)], 1)
+    front.stream.end(grpc.StatusCode.ABORTED, "epoch 2 took over")
+    until(lambda: "was taken over" in caplog.text)
+    exchange.close()
+    assert "blocks had no preconditioner" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -51,6 +66,41 @@ def test_a_refusal_before_the_first_session_is_raised_once(front, connect, code,
         exchange.collect(0)
     assert not exchange.wait(0.3)
     assert exchange.collect(1) == []
+
+
+MANY = pb.Manifest(blocks=[pb.Block(name="a(max_jobs)", sides=[pb.Side(length=8)])] * 3)
+QUOTAS = Quotas(max_sessions=1, max_blocks=2, max_side=4, max_job_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "way_out"),
+    [
+        (lambda: QUOTAS.check_size(MANY), "fewer blocks (a larger block_size"),
+        (lambda: QUOTAS.check_sides(MANY), "smaller blocks (a smaller block_size"),
+        (lambda: QUOTAS.check_job("a", Usage(1), Usage(1)), "fewer ranks, end another session"),
+        (lambda: QUOTAS.check_job("a", Usage(), Usage(1, 3)), "fewer blocks (a larger block_size"),
+        (lambda: QUOTAS.check_job("a", Usage(), Usage(1, 1, 9)), "send less (a smaller max_side"),
+        (
+            lambda: Grant(name="*", tokens=(), weight=1, quotas=QUOTAS, max_jobs=1).check_jobs("a", ["b"]),
+            "end another of these jobs, wait until",
+        ),
+        (
+            lambda: decode_open_request(pb.OpenSessionRequest(manifest=MANY).SerializeToString(), 2),
+            "fewer blocks (a larger block_size",
+        ),
+    ],
+)
+def test_the_way_out_is_that_of_the_quota(front, connect, refuse, way_out):
+    with pytest.raises((QuotaError, EndOfStream)) as caught:
+        refuse()
+    details = str(caught.value)
+    front.open_error = (grpc.StatusCode.RESOURCE_EXHAUSTED, details)
+    exchange = connect(front.address)
+    exchange.open(session())
+    assert exchange.wait(10)
+    with pytest.raises(ExchangeError, match=re.escape(details)) as told:
+        exchange.collect(0)
+    assert way_out in str(told.value)
 
 
 def test_a_later_refusal_is_logged_once_and_tried_again(front, connect, caplog, tmp_path):

@@ -235,6 +235,87 @@ def test_a_learning_rate_scheduler_and_a_tensor_learning_rate():
     torch.testing.assert_close(p, q)
 
 
+def cycled(optimizer, parameter, steps, scheduler):
+    """Train on given gradients with a scheduler that cycles momentum as well."""
+    for step in range(steps):
+        parameter.grad = torch.full_like(parameter, 1.0 + step)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=12),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.05, 0.2, step_size_up=4),
+    ],
+    ids=["one cycle", "cyclic"],
+)
+def test_a_scheduler_that_cycles_momentum_cycles_beta1_as_it_does_with_adamw(schedule):
+    ours, theirs = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    shampoo = local(
+        [ours], lr=0.1, beta1=0.9, blocking=BlockingConfig(max_side=1), grafting=GraftingConfig(beta2=0.99)
+    )
+    adamw = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    cycled(shampoo, ours, 10, schedule(shampoo))
+    cycled(adamw, theirs, 10, schedule(adamw))
+    assert "momentum_buffer" not in shampoo.state[ours]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_cycled_heavy_ball_stays_one():
+    ours, theirs = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    none = {"blocking": BlockingConfig(max_side=1), "grafting": GraftingConfig(method="none")}
+    shampoo = local([ours], lr=0.01, beta1=0.0, momentum=0.9, **none)
+    sgd = torch.optim.SGD([theirs], lr=0.01, momentum=0.9)
+    for optimizer, parameter in ((shampoo, ours), (sgd, theirs)):
+        cycled(optimizer, parameter, 8, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=10))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_copied_group_whose_momentum_is_cycled_has_no_heavy_ball_either():
+    first, second = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = local([first], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
+    cycled(optimizer, first, 3, scheduler)
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": [second]})
+    for _ in range(3):
+        second.grad = torch.ones(3, 2)
+        cycled(optimizer, first, 1, scheduler)
+    assert "momentum_buffer" not in optimizer.state[second]
+    before, after = (group["beta1"] for group in optimizer.param_groups)
+    assert before == after
+
+
+def test_memory_counts_no_momentum_that_is_an_average():
+    plain, cycling = (local([nn.Parameter(torch.ones(64, 64))], lr=0.1) for _ in range(2))
+    torch.optim.lr_scheduler.OneCycleLR(cycling, 0.2, total_steps=20)
+    assert cycling.estimate_memory() == plain.estimate_memory()
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_with_cycled_momentum_resumes_bit_for_bit(momentum, consolidated):
+    def begin():
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(3, 2))
+        optimizer = local([parameter], lr=0.1, momentum=momentum)
+        return parameter, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
+
+    whole, optimizer, scheduler = begin()
+    cycled(optimizer, whole, 6, scheduler)
+    if consolidated:
+        optimizer.consolidate_state_dict()
+    saved = copy.deepcopy((whole.detach(), optimizer.state_dict(), scheduler.state_dict()))
+    cycled(optimizer, whole, 6, scheduler)
+    resumed, optimizer, scheduler = begin()
+    resumed.data.copy_(saved[0])
+    optimizer.load_state_dict(saved[1])
+    scheduler.load_state_dict(saved[2])
+    cycled(optimizer, resumed, 6, scheduler)
+    assert torch.equal(whole, resumed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_a_tensor_learning_rate_is_the_number_that_it_holds(dtype, decoupled):

@@ -1,12 +1,12 @@
-"""What every rank runs: ``distributed_main.py MODULE FOLDER [SCENARIO ..]``, under torchrun."""
+"""What every rank runs."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 
-def main() -> None:
-    module, folder, *only = sys.argv[1:]
+def main(module: str, folder: Path, only: Sequence[str]) -> None:
+    """Run the scenarios of a module, or those with the names in ``only``, each with the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=40))
     for scenario in importlib.import_module(module).SCENARIOS:
@@ -23,17 +23,13 @@ def main() -> None:
             continue
         began = time.monotonic()
         try:
-            scenario(Path(folder))
+            scenario(folder)
             dist.barrier()
         except BaseException:
             print(
                 f"FAILED {scenario.__name__} on rank {dist.get_rank()}\n{traceback.format_exc()}", flush=True
             )
-            os._exit(1)  # the others may wait for this rank in a collective: torchrun ends them
+            os._exit(1)  # the others may wait for this rank in a collective
         if dist.get_rank() == 0:
             print(f"PASSED {scenario.__name__} {time.monotonic() - began:.2f} s", flush=True)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

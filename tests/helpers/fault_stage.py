@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import psutil
 
 from fault_catalogue import Fault
 from histories import Histories
+from preconditioner_protos.history import HistoryRecorder
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_worker.faults.proxy import Proxy
+from preconditioner_worker.history import Report
 from raw_trainer import RawStream, RawTrainer, manifest, open_request
 from service_process import TOKEN, ServiceProcess, wait_for
 from step_times import check_step_times
@@ -22,9 +25,6 @@ needs some for the process of an actor."""
 
 LARGE = 2048
 """Side of a block that takes an actor about a second."""
-
-_UNRECORDED = frozenset({"large", "poison", "hungry", "greedy", "loaded"})
-"""Jobs of trainers that speak the protocol by hand."""
 
 
 def until_fresh(trainer: TrainerProcess) -> list[Step]:
@@ -47,6 +47,8 @@ class Stage:
 
     def __init__(self, directory: Path) -> None:
         self.histories = Histories(directory)
+        self._by_hand: list[HistoryRecorder] = []
+        self._seeds = itertools.count(1)
         self.service = ServiceProcess(arguments=self.histories.service())
         self.supervise()
         self.proxy = Proxy(self.service.address)
@@ -55,6 +57,7 @@ class Stage:
 
     def set(self) -> None:
         """All is well, whatever a test before left."""
+        self._end_raw()
         self.proxy.heal()
         if self.service.process.poll() is None:
             self.service.thaw()
@@ -82,7 +85,7 @@ class Stage:
         check_step_times(fault, before, during)
         wait_for(lambda: not self.service.survivors(), what="the end of Ray's processes")
 
-    def back(self, fault: Fault) -> None:
+    def back(self, fault: Fault) -> Report:
         """The service starts again, knowing nothing, and every block gets a version."""
         before = self.trainer.metrics
         self.supervise()
@@ -93,7 +96,7 @@ class Stage:
         assert self.trainer.metrics["epoch"] == before["epoch"], (
             "a lost session is opened again, no new epoch"
         )
-        self.judge(fault)
+        return self.judge(fault)
 
     def served_again(self, fault: Fault, before: list[Step]) -> None:
         """Under the same service every block gets a version again."""
@@ -102,13 +105,20 @@ class Stage:
         check_step_times(fault, before, during)
         self.judge(fault)
 
-    def judge(self, fault: Fault) -> None:
+    def judge(self, fault: Fault) -> Report:
         """By the histories of all that happened until now."""
-        self.histories.judge(fault, unrecorded=_UNRECORDED)
+        for recorder in self._by_hand:
+            recorder.flush()
+        return self.histories.judge(fault)
+
+    def seed(self) -> int:
+        """For one more trainer: were its matrices those of another, none that crossed would show."""
+        return next(self._seeds)
 
     def raw(self) -> RawTrainer:
-        """A trainer that speaks the protocol by hand, past the proxy."""
-        return RawTrainer(self.service.address, TOKEN)
+        """A trainer that speaks the protocol by hand, past the proxy; for as long as the test."""
+        self._by_hand.append(self.histories.recorder())
+        return RawTrainer(self.service.address, TOKEN, self._by_hand[-1])
 
     def large(self, job: str) -> tuple[RawTrainer, RawStream]:
         """One with a session of one large block, and its stream."""
@@ -133,7 +143,7 @@ class Stage:
         return sum(job.blocks_in_flight for job in self._status().jobs)
 
     def _status(self) -> pb.GetStatusResponse:
-        raw = self.raw()
+        raw = RawTrainer(self.service.address, TOKEN)
         try:
             return raw.status()
         finally:
@@ -148,8 +158,14 @@ class Stage:
             time.sleep(0.05)
         return False
 
+    def _end_raw(self) -> None:
+        for recorder in self._by_hand:
+            recorder.close()
+        self._by_hand.clear()
+
     def close(self) -> None:
         """End all."""
+        self._end_raw()
         self.trainer.close()
         self.proxy.close()
         self.service.stop()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 
 from fault_catalogue import Fault
-from preconditioner_worker.history import Expectations, examine
+from preconditioner_protos.history import HistoryRecorder
+from preconditioner_worker.history import Expectations, Report, examine
+
+OF_A_SERVICE = ("jobs", "service_versions", "acknowledged", "memory")
+"""What a service and whoever spoke to it give the checker to look at."""
+
+OF_TRAINING = (*OF_A_SERVICE, "waits", "step_time", "ages", "diagonal", "adoption", "epochs", "roots")
+"""What a trainer beside it adds: all, but the schedule and the recovery, which no trainer here asks for."""
 
 
 class Histories:
@@ -33,23 +40,27 @@ class Histories:
         path = self._directory / f"service-{next(self._numbers)}.jsonl"
         return [f"--history-file={path}", f"--history-matrices={self._matrices}"]
 
-    def judge(self, fault: Fault, *, unrecorded: Container[str | None] = ()) -> None:
+    def recorder(self) -> HistoryRecorder:
+        """For a trainer that speaks the protocol by hand; of digests alone, as the service saves matrices."""
+        return HistoryRecorder(self._directory / f"trainer-{next(self._numbers)}.jsonl", "trainer")
+
+    def judge(self, fault: Fault, *, seen: Collection[str] = OF_TRAINING) -> Report:
         """Hold all that happened until now against every rule; what is broken is the fault's violation.
 
         Args:
             fault: the row that is judged.
-            unrecorded: jobs whose trainers keep no history, so that nothing is known of what they sent.
+            seen: the checks that must have had something to look at, else they prove nothing.
+
+        Returns:
+            What was read and found.
         """
         paths = sorted(self._directory.glob("*.jsonl"))
         assert paths, "nobody recorded anything"
-        expectations = Expectations(matrices=self._matrices, roots=100, step_seconds=1.0)
-        report = examine(paths, expectations=expectations)
-        assert report.looked_at["adoption"], f"nothing was adopted: {report.looked_at}"
-        judged = [
-            violation
-            for violation in report.violations
-            if not any(event.job in unrecorded for event in violation.events)
-        ]
-        new = [text for text in map(str, judged) if text not in self._told]
+        # A sample of the roots at a time, since all that happened before is judged once more.
+        report = examine(paths, expectations=Expectations(matrices=self._matrices, roots=100))
+        idle = [check for check in seen if not report.looked_at[check]]
+        assert not idle, f"{', '.join(idle)} had nothing to look at: {report.looked_at}"
+        new = [text for text in map(str, report.violations) if text not in self._told]
         self._told.update(new)
         fault.violated(new)
+        return report

@@ -9,8 +9,8 @@ import torch
 
 from preconditioner_client import Ridge
 from preconditioner_client.roots import inverse_root
-from preconditioner_protos import pack
-from preconditioner_protos.history import Event, Kind, Scope, digest_of
+from preconditioner_protos import pack, unpack
+from preconditioner_protos.history import Event, Kind, Scope, digest_of, load_matrix
 
 BLOCKS = 2
 SIDE = 5
@@ -43,6 +43,12 @@ class Story:
         packed = pack(np.asarray(matrix)).astype("<f4")
         np.save(self._matrices / f"{digest_of(packed)}.npy", packed)
         return digest_of(packed)
+
+    def root_of(self, block, version, ridge):
+        """The root that a snapshot has with this ridge."""
+        sent = self.events[self.find(Kind.SNAPSHOT_SENT, block=block, version=version)]
+        statistics = unpack(load_matrix(self._matrices, sent.data["digests"][0]), SIDE)
+        return inverse_root(torch.from_numpy(statistics), 4.0, ridge)
 
     def write(self, folder):
         """One file for each source, numbered without a hole; returns the paths."""
@@ -80,7 +86,7 @@ class Story:
         self.tell(trainer, Kind.SNAPSHOT_SENT, scope, **about, digests=snapshot)
         self.tell(service, Kind.SNAPSHOT_ACCEPTED, scope, **about, digests=snapshot)
         self.tell(trainer, Kind.SNAPSHOT_ACKNOWLEDGED, scope, **about)
-        self.tell(service, Kind.PUBLISHED, scope, **about, digests=root)
+        self.tell(service, Kind.PUBLISHED, scope, **about, digests=root, retries=[0])
         self.tell(service, Kind.PUSHED, scope, **about)
         self.tell(trainer, Kind.RECEIVED, scope, **about, digests=root)
         self.tell(service, Kind.RECEIPTED, scope, **about)

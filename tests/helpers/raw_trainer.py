@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 
 from preconditioner_protos import Assembler, Layout, PackedBlock, chunk_messages, pack, unpack
+from preconditioner_protos.history import HistoryRecorder, Kind, Scope
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 
@@ -56,9 +57,15 @@ def expected_root(matrix: np.ndarray, order: float = 4.0, ridge: float = 1e-6) -
 
 
 class RawTrainer:
-    """One session. ``trainer.until(condition)`` waits on what was received."""
+    """One session. ``trainer.until(condition)`` waits on what was received.
 
-    def __init__(self, address: str, token: str, **channel_options) -> None:
+    With a ``recorder`` its snapshots, receipts and preconditioners stand in a history.
+    """
+
+    def __init__(
+        self, address: str, token: str, recorder: HistoryRecorder | None = None, **channel_options
+    ) -> None:
+        self.recorder = recorder
         options = [("grpc.max_receive_message_length", -1), *channel_options.items()]
         self.channel = grpc.insecure_channel(address, options=options)
         self.stub = pb_grpc.PreconditionerServiceStub(self.channel)
@@ -129,6 +136,8 @@ class RawStream:
         self._may_read.set()
 
     def send(self, *blocks: PackedBlock) -> None:
+        for block in blocks:
+            self._record(Kind.SNAPSHOT_SENT, block.block, block.step, sides=block.sides)
         for chunks in chunk_messages(blocks, message=pb.Chunks):
             self.put(chunks=chunks)
 
@@ -189,7 +198,10 @@ class RawStream:
         if kind == "attached":
             self.attached = True
         elif kind == "receipts":
-            self.receipts += [(receipt.block, receipt.step) for receipt in message.receipts.receipts]
+            receipts = [(receipt.block, receipt.step) for receipt in message.receipts.receipts]
+            self.receipts += receipts
+            for block, step in receipts:
+                self._record(Kind.SNAPSHOT_ACKNOWLEDGED, block, step)
         elif kind == "nacks":
             self.nacks += message.nacks.nacks
         elif kind == "drain":
@@ -199,9 +211,15 @@ class RawStream:
             for chunk in message.chunks.chunks:
                 for outcome in self._assembler.add(chunk):
                     assert isinstance(outcome, PackedBlock), outcome
+                    self._record(Kind.RECEIVED, outcome.block, outcome.step, sides=outcome.sides)
                     self.arrived.append(outcome)
                     if self._answer:
                         self.receipt(outcome.block, outcome.step)
+
+    def _record(self, kind: Kind, block: int, version: int, **data) -> None:
+        if self.trainer.recorder is not None:
+            scope = Scope(self.trainer.job, 0, self.trainer.epoch)
+            self.trainer.recorder.record(kind, scope, block=block, version=version, **data)
 
 
 def wait_for(condition, timeout: float = TIMEOUT, period: float = 0.02):

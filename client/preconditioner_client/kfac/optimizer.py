@@ -40,6 +40,7 @@ from preconditioner_client.kfac.engine import Direction, LayerEngine
 from preconditioner_client.kfac.factors import diagonal_direction, unit_wise_direction
 from preconditioner_client.kfac.layers import find_layers
 from preconditioner_client.kfac.recording import GradScale
+from preconditioner_client.options import check_number, config
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -127,7 +128,12 @@ class KFAC(PreconditionedOptimizer):
         factor_dtype: torch.dtype = torch.float16,
         grad_scale: GradScale | None = None,
     ) -> None:
-        staleness = staleness or StalenessConfig()
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model must be a torch.nn.Module, whose layers get hooks, not {type(model).__name__}; "
+                f"parameters come second: KFAC(model, model.parameters())"
+            )
+        staleness = config("staleness", staleness, StalenessConfig())
         direction = _direction(batch_norm)
         _check(damping, factor_dtype, staleness, adaptive_refresh)
         layers = find_layers(model)
@@ -147,9 +153,9 @@ class KFAC(PreconditionedOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
-            "grafting": grafting or GraftingConfig(method=Grafting.NONE),
-            "statistics": statistics or StatisticsConfig(beta=0.95),
-            "blocking": blocking or BlockingConfig(),
+            "grafting": config("grafting", grafting, GraftingConfig(method=Grafting.NONE)),
+            "statistics": config("statistics", statistics, StatisticsConfig(beta=0.95)),
+            "blocking": config("blocking", blocking, BlockingConfig()),
             "root": RootConfig(ridge=Ridge(kind=RidgeKind.ABSOLUTE, value=math.sqrt(damping)), exponent=1.0),
         }
         super().__init__(
@@ -176,10 +182,10 @@ class KFAC(PreconditionedOptimizer):
         Raises:
             ValueError: as for the constructor.
         """
-        statistics = param_group.get("statistics", self.defaults["statistics"])
+        statistics = config("statistics", param_group.get("statistics"), self.defaults["statistics"])
         if statistics.accumulation is not Accumulation.EMA:
             raise ValueError("K-FAC's factors are averages: statistics accumulation must be 'ema', not 'sum'")
-        if "root" in param_group:
+        if param_group.get("root", self.defaults["root"]) != self.defaults["root"]:
             raise ValueError("K-FAC has no root per group: its exponent is 1, its ridge follows from damping")
         super().add_param_group(param_group)
 
@@ -208,6 +214,7 @@ def _direction(batch_norm: str) -> Direction | None:
 def _check(
     damping: float, factor_dtype: torch.dtype, staleness: StalenessConfig, adaptive: AdaptiveRefresh | None
 ) -> None:
+    check_number("damping", damping)
     if not (damping > 0 and math.isfinite(damping)):
         raise ValueError(f"damping must be finite and > 0, not {damping}")
     if factor_dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -7,11 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run as launcher
 
+from forks import end_fork, start_fork
 from preconditioner_client import LocalExchange, Shampoo
 
 EXAMPLES = Path(__file__).parents[3] / "client" / "examples"
@@ -114,31 +117,34 @@ def test_the_lightning_module_goes_on_from_its_checkpoint(example, service, tmp_
     assert "preconditioner/versions_adopted" in csv.read_text().splitlines()[0]
 
 
-def launch(command, ranks):
-    """Run an example in several processes; the results of all ranks."""
-    finished = subprocess.run(
-        [sys.executable, *[str(part) for part in command]], capture_output=True, text=True, timeout=200
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def results_of(output, ranks):
+    """What all ranks of an example printed."""
     # Ranks share the pipe, so two lines may have run into one.
-    lines = finished.stdout.replace("}{", "}\n{").splitlines()
+    lines = output.replace("}{", "}\n{").splitlines()
     results = [json.loads(line) for line in lines if line.startswith('{"')]
     assert len(results) == ranks
     assert all(math.isfinite(result["loss"]) for result in results)
     assert all(result["versions_adopted"] > 0 for result in results)
-    return results, finished.stderr
+    return results
 
 
-def torchrun(name, ranks, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return launch([*launcher, EXAMPLES / f"{name}.py", *arguments], ranks)
+def torchrun(folder, name, ranks, *arguments):
+    """Run an example as ``torchrun`` does; the results of all ranks, and their standard error."""
+    output, errors = (folder / f"{stream}-{time.monotonic_ns()}.txt" for stream in ("output", "errors"))
+    command = ["--standalone", "--nproc-per-node", ranks, EXAMPLES / f"{name}.py", *arguments]
+    process = start_fork(launcher.main, [str(part) for part in command], output=output, errors=errors)
+    process.join(200)
+    status = process.exitcode
+    end_fork(process)
+    assert status == 0, errors.read_text()[-3000:]
+    return results_of(output.read_text(), ranks), errors.read_text()
 
 
 def test_ddp_goes_on_from_its_checkpoint_on_another_number_of_ranks(service, tmp_path):
     common = ["--service", service, "--checkpoint", tmp_path / "state"]
-    both, _ = torchrun("ddp", 2, "--steps", 15, *common)
+    both, _ = torchrun(tmp_path, "ddp", 2, "--steps", 15, *common)
     assert all(result["replicas_are_identical"] for result in both)
-    (alone,), _ = torchrun("ddp", 1, "--steps", 30, *common)
+    (alone,), _ = torchrun(tmp_path, "ddp", 1, "--steps", 30, *common)
     assert alone["step"] == 30
     # Every block has one owner.
     assert sum(result["blocks"] for result in both) == alone["blocks"]
@@ -147,7 +153,7 @@ def test_ddp_goes_on_from_its_checkpoint_on_another_number_of_ranks(service, tmp
 def test_fsdp2_goes_on_from_its_checkpoint(service, tmp_path):
     common = ["--service", service, "--checkpoint", tmp_path / "state"]
     for steps in (15, 30):
-        results, _ = torchrun("fsdp2", 2, "--steps", steps, *common)
+        results, _ = torchrun(tmp_path, "fsdp2", 2, "--steps", steps, *common)
         assert {result["step"] for result in results} == {steps}
 
 
@@ -161,7 +167,7 @@ def all_statistics(model, states):
 
 def test_the_hugging_face_trainer_saves_the_state_of_all_ranks(example, service, tmp_path):
     arguments = ["--service", service, "--output", tmp_path, "--steps", 20]
-    _, errors = torchrun("hf_trainer", 2, *arguments)
+    _, errors = torchrun(tmp_path, "hf_trainer", 2, *arguments)
     assert "consolidate_state_dict" not in errors
     saved = torch.load(tmp_path / "checkpoint-20" / "optimizer.pt", weights_only=True)
     found, expected = all_statistics(example("hf_trainer").small_gpt2(), saved["state"].values())
@@ -172,7 +178,17 @@ def test_the_hugging_face_trainer_saves_the_state_of_all_ranks(example, service,
 
 
 def test_accelerate_saves_the_state_of_all_ranks(example, service, tmp_path):
-    torchrun("accelerate_loop", 2, "--service", service, "--checkpoint", tmp_path / "state", "--steps", 20)
+    torchrun(
+        tmp_path,
+        "accelerate_loop",
+        2,
+        "--service",
+        service,
+        "--checkpoint",
+        tmp_path / "state",
+        "--steps",
+        20,
+    )
     saved = torch.load(tmp_path / "state" / "optimizer.bin", weights_only=True)
     found, expected = all_statistics(example("accelerate_loop").small_model(), saved["state"].values())
     assert found == expected
@@ -181,7 +197,14 @@ def test_accelerate_saves_the_state_of_all_ranks(example, service, tmp_path):
 def test_lightning_saves_what_is_attached_on_all_ranks(example, service, tmp_path):
     path = tmp_path / "run.ckpt"
     arguments = ["--service", service, "--checkpoint", path, "--steps", 20, "--devices", 2, "--attach"]
-    launch([EXAMPLES / "lightning_module.py", *arguments], 2)
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / "lightning_module.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results_of(finished.stdout, 2)
     saved = torch.load(path, weights_only=True)["optimizer_states"][0]["preconditioner"]["state"]
     found, expected = all_statistics(example("lightning_module").NextByte("embedded", False), saved)
     assert found == expected

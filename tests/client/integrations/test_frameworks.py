@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import accelerate
-import lightning
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,77 +11,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from preconditioner_client import LocalExchange, Shampoo, StalenessConfig, attach
+from framework_training import data, make, small_model
+from preconditioner_client import Shampoo
 from preconditioner_client.adapters import lightning_callback, metrics_source
 from scripted_exchange import ScriptedExchange
 
-SCHEDULED = StalenessConfig(adoption="scheduled", refresh_every=3, delay=4)
 
+@pytest.fixture(scope="module")
+def lightning_training():
+    """Not at the top: Lightning takes seconds to import, in every process that collects tests."""
+    import lightning_training
 
-def small_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-
-
-def data(rows=64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 6, generator=generator), torch.randn(rows, 3, generator=generator)
-
-
-def make(model, attached=False, **settings):
-    settings = {"staleness": SCHEDULED, "service": LocalExchange(), **settings}
-    if not attached:
-        return Shampoo(model.named_parameters(), lr=0.01, **settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    attach(optimizer, model, **settings)
-    return optimizer
+    return lightning_training
 
 
 def equal_weights(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-class Module(lightning.LightningModule):
-    def __init__(self, attached=False, automatic=True, skip=None):
-        super().__init__()
-        self.model = small_model()
-        self.attached = attached
-        self.automatic_optimization = automatic
-        self.skip = skip
-
-    def training_step(self, batch, batch_idx):
-        loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
-        if batch_idx == self.skip:
-            return None
-        if not self.automatic_optimization:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            self.clip_gradients(optimizer, gradient_clip_val=0.5)
-            optimizer.step()
-            return None
-        return loss
-
-    def configure_optimizers(self):
-        return make(self.model, self.attached)
-
-
-def fit(module, tmp_path, epochs=1, ckpt_path=None, callbacks=(), **settings):
-    if module.automatic_optimization:
-        settings = {"gradient_clip_val": 0.5, **settings}
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        log_every_n_steps=4,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False, **settings},
-        callbacks=list(callbacks),
-    )
-    loader = DataLoader(TensorDataset(*data()), batch_size=8)
-    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
 
 
 def reference(attached, steps=8, skip=None):
@@ -106,10 +50,10 @@ attached_or_not = pytest.mark.parametrize("attached", [False, True])
 
 @attached_or_not
 @pytest.mark.parametrize("automatic", [True, False])
-def test_lightning_trains_as_a_plain_loop_does(tmp_path, attached, automatic):
+def test_lightning_trains_as_a_plain_loop_does(lightning_training, tmp_path, attached, automatic):
     """Backward and clipping happen in the closure, and before the preconditioner's turn."""
-    module = Module(attached, automatic)
-    trainer = fit(module, tmp_path, enable_checkpointing=False)
+    module = lightning_training.Module(attached, automatic)
+    trainer = lightning_training.fit(module, tmp_path, enable_checkpointing=False)
     assert equal_weights(module.model, reference(attached))
     metrics = metrics_source(trainer.optimizers[0]).metrics()
     assert metrics["step"] == 8
@@ -117,55 +61,55 @@ def test_lightning_trains_as_a_plain_loop_does(tmp_path, attached, automatic):
 
 
 @attached_or_not
-def test_a_batch_that_lightning_skips_reaches_no_statistics(tmp_path, attached):
-    module = Module(attached, skip=3)
-    trainer = fit(module, tmp_path, enable_checkpointing=False)
+def test_a_batch_that_lightning_skips_reaches_no_statistics(lightning_training, tmp_path, attached):
+    module = lightning_training.Module(attached, skip=3)
+    trainer = lightning_training.fit(module, tmp_path, enable_checkpointing=False)
     assert equal_weights(module.model, reference(attached, skip=3))
     assert metrics_source(trainer.optimizers[0]).metrics()["step"] == 7
 
 
 @attached_or_not
-def test_lightning_resumes_bit_for_bit(tmp_path, attached):
-    every = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    uninterrupted = Module(attached)
-    fit(uninterrupted, tmp_path, epochs=2, callbacks=[every])
-    resumed = Module(attached)
-    trainer = fit(
+def test_lightning_resumes_bit_for_bit(lightning_training, tmp_path, attached):
+    every = lightning_training.lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    uninterrupted = lightning_training.Module(attached)
+    lightning_training.fit(uninterrupted, tmp_path, epochs=2, callbacks=[every])
+    resumed = lightning_training.Module(attached)
+    trainer = lightning_training.fit(
         resumed, tmp_path, epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt", enable_checkpointing=False
     )
     assert trainer.global_step == 16
     assert equal_weights(uninterrupted.model, resumed.model)
 
 
-def test_lightning_collects_the_state_of_all_ranks_by_itself(tmp_path, monkeypatch):
+def test_lightning_collects_the_state_of_all_ranks_by_itself(lightning_training, tmp_path, monkeypatch):
     """It asks every optimizer for a method of this name, which is why it has it."""
     asked = []
     monkeypatch.setattr(Shampoo, "consolidate_state_dict", lambda self: asked.append(self))
-    trainer = fit(Module(), tmp_path, enable_checkpointing=False)
+    trainer = lightning_training.fit(lightning_training.Module(), tmp_path, enable_checkpointing=False)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert asked == trainer.optimizers
 
 
 @attached_or_not
-def test_lightning_scales_the_loss_of_half_precision(tmp_path, attached):
+def test_lightning_scales_the_loss_of_half_precision(lightning_training, tmp_path, attached):
     """Its precision plugin unscales and clips by itself, and calls step without a closure."""
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
-    module = Module(attached)
-    trainer = fit(module, tmp_path, enable_checkpointing=False, plugins=[plugin])
+    plugin = lightning_training.lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    module = lightning_training.Module(attached)
+    trainer = lightning_training.fit(module, tmp_path, enable_checkpointing=False, plugins=[plugin])
     assert metrics_source(trainer.optimizers[0]).metrics()["step"] == 8
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_metrics_reach_the_loggers_of_lightning(tmp_path):
+def test_metrics_reach_the_loggers_of_lightning(lightning_training, tmp_path):
     logged = []
 
-    class Logger(lightning.pytorch.loggers.logger.DummyLogger):
+    class Logger(lightning_training.lightning.pytorch.loggers.logger.DummyLogger):
         def log_metrics(self, metrics, step=None):
             logged.append((step, metrics))
 
-    trainer = fit(
-        Module(),
+    trainer = lightning_training.fit(
+        lightning_training.Module(),
         tmp_path,
         callbacks=[lightning_callback()],
         enable_checkpointing=False,

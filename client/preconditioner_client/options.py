@@ -1,0 +1,60 @@
+"""Types of options, checked where they are given: an error names the option and its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+C = TypeVar("C")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no real number: of Python or numpy, or a tensor that holds one.
+
+    Raises:
+        ValueError: naming the option and the value.
+    """
+    single = (isinstance(value, torch.Tensor) and value.numel() == 1) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    )
+    if not (single or isinstance(value, numbers.Real)):
+        # YAML takes 1e-3 for text: only 1.0e-3 is a number to it.
+        hint = "; in YAML write 1.0e-3 for 1e-3" if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be a number, not {value!r} of type {type(value).__name__}{hint}")
+
+
+def check_numbers(settings: Any) -> None:
+    """Hold the fields of a dataclass that are annotated ``int`` or ``float`` to it; a float may be an int.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        # Annotations are strings, as their evaluation is postponed.
+        kind, _, optional = str(field.type).partition(" | ")
+        if optional == "None" and value is None:
+            continue
+        if kind == "int" and not isinstance(value, numbers.Integral):
+            raise ValueError(
+                f"{field.name} must be a whole number, not {value!r} of type {type(value).__name__}"
+            )
+        if kind == "float" and optional in ("", "None"):
+            check_number(field.name, value)
+
+
+def config(name: str, value: object, default: C) -> C:
+    """The config that was given for an option, or its default.
+
+    Raises:
+        ValueError: it is of another class than the default; with the class that is needed.
+    """
+    if value is None:
+        return default
+    if not isinstance(value, type(default)):
+        raise ValueError(f"{name} must be a {type(default).__name__}, not {value!r}")
+    return value

@@ -1,0 +1,173 @@
+"""Copies to and from an accelerator; what needs one runs where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from preconditioner_client import Rejection, SessionSpec
+from preconditioner_client.config import Ridge, RidgeKind
+from preconditioner_client.exchange import BlockSpec
+from preconditioner_client.inbox import unpack_arrival
+from preconditioner_client.transfer import UploadingExchange, to_host, upload
+from preconditioner_protos import PackedBlock
+from scripted_exchange import ScriptedExchange
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+RIDGE = Ridge(kind=RidgeKind.RELATIVE, value=1e-6)
+
+
+class Copy:
+    """A copy under way that ends when the test says so."""
+
+    def __init__(self):
+        self.done = False
+        self.waited_for = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.waited_for = self.done = True
+
+
+class HeldCopies(UploadingExchange):
+    """An exchange whose copies are in the hand of the test: none of this is about what CUDA does."""
+
+    def __init__(self, inner, devices):
+        super().__init__(inner, devices)
+        self.copies = []
+
+    def _upload(self, arrival):
+        self.copies.append(Copy())
+        return arrival, self.copies[-1]
+
+
+@pytest.fixture
+def inner():
+    return ScriptedExchange()
+
+
+@pytest.fixture
+def exchange(inner):
+    exchange = HeldCopies(inner, [CUDA, CUDA, CPU])
+    exchange.open(session(blocks=3))
+    return exchange
+
+
+def session(blocks, pinned=()):
+    specs = tuple(BlockSpec(f"w[{i}]", (2,), (4.0,), RIDGE) for i in range(blocks))
+    return SessionSpec(job="job", epoch=0, blocks=specs, pinned=frozenset(pinned))
+
+
+def versions(collected):
+    return [(event.block, event.step) for event in collected]
+
+
+def test_an_arrival_is_given_out_once_its_copy_is_done(exchange, inner):
+    inner.answer(0, 7)
+    assert exchange.collect(8) == []
+    exchange.copies[0].done = True
+    assert versions(exchange.collect(9)) == [(0, 7)]
+    assert exchange.collect(10) == []
+
+
+def test_a_newer_copy_that_is_done_first_does_not_overtake(exchange, inner):
+    inner.answer(0, 7)
+    inner.answer(0, 9)
+    exchange.collect(10)
+    exchange.copies[1].done = True
+    assert exchange.collect(11) == []
+    exchange.copies[0].done = True
+    assert versions(exchange.collect(12)) == [(0, 7), (0, 9)]
+
+
+def test_what_stays_on_the_host_does_not_wait_for_copies(exchange, inner):
+    inner.answer(0, 7)
+    inner.answer(2, 7)
+    inner.refuse(1, 7)
+    first, second = exchange.collect(8)
+    assert (first.block, first.step) == (2, 7)
+    assert isinstance(second, Rejection)
+    assert second.block == 1
+
+
+def test_waiting_is_for_the_oldest_copy_before_it_is_for_the_service(exchange, inner):
+    assert not exchange.wait(1.0)
+    assert inner.waits == [1.0]
+    inner.answer(1, 3)
+    exchange.collect(4)
+    assert exchange.wait(1.0)
+    assert exchange.copies[0].waited_for
+    assert inner.waits == [1.0]
+
+
+def test_a_new_session_and_the_end_drop_what_is_under_way(exchange, inner):
+    inner.answer(0, 7)
+    exchange.collect(8)
+    exchange.open(session(blocks=3))
+    exchange.copies[0].done = True
+    assert exchange.collect(9) == []
+
+
+def test_on_the_cpu_nothing_is_copied():
+    tensor = torch.arange(3.0)
+    host, ready = to_host(tensor)
+    assert host is tensor
+    assert ready is None
+
+
+def packed(n):
+    values = np.arange(n * (n + 1) // 2, dtype=np.float32)
+    return PackedBlock(block=0, step=5, sides=(values,))
+
+
+def test_an_arrival_on_the_host_is_in_ordinary_memory():
+    assert not unpack_arrival(packed(3), (3,)).sides[0].is_pinned()
+
+
+def test_where_there_is_no_page_locked_memory_ordinary_memory_serves(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("cannot pin")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    plain, instead = (unpack_arrival(packed(3), (3,), pinned=pinned).sides[0] for pinned in (False, True))
+    assert torch.equal(plain, instead)
+
+
+@NEEDS_CUDA
+def test_an_arrival_for_an_accelerator_is_in_page_locked_memory():
+    plain, pinned = (unpack_arrival(packed(3), (3,), pinned=pinned).sides[0] for pinned in (False, True))
+    assert pinned.is_pinned()
+    assert torch.equal(plain, pinned)
+
+
+@NEEDS_CUDA
+def test_a_preconditioner_comes_to_the_device(inner):
+    exchange = UploadingExchange(inner, [CUDA])
+    exchange.open(dataclasses.replace(session(blocks=1), pinned=frozenset({0})))
+    inner.answer(0, 7, scale=3.0)
+    collected = exchange.collect(8)
+    while not collected:
+        assert exchange.wait(10.0)
+        collected = exchange.collect(8)
+    (side,) = collected[0].sides
+    assert side.device == CUDA
+    assert torch.equal(side.cpu(), 3.0 * torch.eye(2))
+
+
+@NEEDS_CUDA
+def test_neither_way_makes_the_host_wait():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = upload([1.0, 2.0], torch.float32, CUDA)
+        host, ready = to_host(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ready is not None
+    ready.synchronize()
+    assert host.tolist() == [1.0, 2.0]
