@@ -7,45 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from preconditioner_service import tokens
 from preconditioner_service.access import tokens_of
 from preconditioner_service.certificates import CertificateError, make_certificates
+from preconditioner_service.command import Command
 from preconditioner_service.files import FileError, write_new
 
 
-class _Command(BaseSettings):
-    """Arguments alone: a variable of the environment that is called HOST has no say here."""
-
-    model_config = SettingsConfigDict(
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_exit_on_error=False,
-        extra="forbid",
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """No others; the arguments come before it."""
-        return (init_settings,)
-
-
-class Token(_Command):
+class Token(Command):
     """Make a token, in a file that its owner alone may read, and print its digest for a jobs file."""
 
     model_config = SettingsConfigDict(cli_prog_name="preconditioner-service token")
@@ -77,7 +48,7 @@ class Token(_Command):
         sys.stdout.writelines(f"{tokens.show(tokens.digest(token))}\n" for token in found)
 
 
-class Certs(_Command):
+class Certs(Command):
     """Make a development authority, and certificates of a server and a client.
 
     Clients trust ca.pem (tls_ca); the server shows server.pem with server.key, and with --tls-client-ca

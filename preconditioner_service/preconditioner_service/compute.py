@@ -81,8 +81,12 @@ def _outcome(task: RootTask, roots: Sequence[Root | RootError]) -> RootOutcome:
     for side, root in enumerate(roots):
         if isinstance(root, RootError):
             return RootOutcome(None, seconds, nack_reason(root), f"side {side}: {root}")
-    matrices = [root.matrix for root in roots if isinstance(root, Root)]
-    return RootOutcome(tuple(pack(matrix) for matrix in matrices), seconds)
+    found = [root for root in roots if isinstance(root, Root)]
+    return RootOutcome(
+        tuple(pack(root.matrix) for root in found),
+        seconds,
+        retries=tuple(root.diagnostics.retries for root in found),
+    )
 
 
 def nack_reason(error: RootError) -> pb.NackReason:

@@ -163,7 +163,7 @@ class Dispatcher:
         for length, seconds in zip(session.statistics.sides[snapshot.block], outcome.seconds, strict=True):
             self._costs.observe(length, seconds)
         if outcome.sides is not None:
-            session.publish(PackedBlock(snapshot.block, snapshot.step, outcome.sides))
+            session.publish(PackedBlock(snapshot.block, snapshot.step, outcome.sides), outcome.retries)
         else:
             self._fail(session, snapshot, outcome.reason, outcome.detail)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preconditioner_protos import PackedBlock
 from preconditioner_protos.history import HistoryRecorder, Kind, Scope
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 
@@ -41,6 +42,11 @@ class SessionHistory:
     ) -> None:
         """Something happened to a snapshot or preconditioner."""
         self._recorder.record(kind, self._scope, block=block, version=version, sides=sides, **data)
+
+    def published(self, preconditioner: PackedBlock, retries: Sequence[int]) -> None:
+        """A root was computed; ``retries`` are of each side, or none where they are not known."""
+        known: dict[str, Any] = {"retries": list(retries)} if retries else {}
+        self.block(Kind.PUBLISHED, preconditioner.block, preconditioner.step, preconditioner.sides, **known)
 
     def failed(self, kind: Kind, block: int, version: int, reason: pb.NackReason) -> None:
         """No preconditioner will come from a snapshot."""

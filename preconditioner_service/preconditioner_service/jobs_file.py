@@ -97,7 +97,8 @@ def read_jobs(content: Mapping[str, Any]) -> JobsFile:
     try:
         return JobsFile.model_validate(content)
     except ValidationError as error:
-        raise JobsFileError(explain(error)) from None
+        known = [*JobsFile.model_fields, *JobEntry.model_fields]
+        raise JobsFileError(explain(error, known=known)) from None
 
 
 def _grant(name: str, entry: JobEntry, defaults: Quotas) -> Grant:

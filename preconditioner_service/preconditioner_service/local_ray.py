@@ -33,7 +33,14 @@ _MOST_WHY = 500
 """Characters of what Ray says."""
 
 
-def private_environment(environ: MutableMapping[str, str]) -> None:
+NICENESS = "RAY_worker_niceness"
+"""Variable of Ray: the niceness of its workers, 15 by default. At that, whatever else keeps the cores busy
+leaves them a thirtieth of the time, and the service itself is among it."""
+
+_MOST_NICE = 19
+
+
+def private_environment(environ: MutableMapping[str, str], worker_nice: int = 0) -> None:
     """Make Ray, not yet imported, a private one.
 
     Whatever configures another Ray is dropped: a trainer may itself run in a Ray job, and its address, job
@@ -56,6 +63,7 @@ def private_environment(environ: MutableMapping[str, str]) -> None:
     # Ray kills its workers when the machine's memory runs low. Here that would be the trainer's doing, and
     # what this service holds is bounded anyway.
     environ["RAY_memory_monitor_refresh_ms"] = "0"
+    environ[NICENESS] = str(min(os.nice(0) + worker_nice, _MOST_NICE))
 
 
 class RayDirectory:
@@ -87,13 +95,18 @@ class RayDirectory:
         self._reaper.wait(_REAP_SECONDS)
 
 
-def start_private_ray(num_cpus: int, object_store_bytes: int) -> RayDirectory:
+def start_private_ray(num_cpus: int, object_store_bytes: int, worker_nice: int = 0) -> RayDirectory:
     """Start a private Ray and connect to it; returns its directory, whose removal ends it.
+
+    Args:
+        num_cpus: of its one node.
+        object_store_bytes: of shared memory.
+        worker_nice: niceness of its workers, on top of this process's.
 
     Raises:
         Exception: whatever Ray raised the last time.
     """
-    private_environment(os.environ)
+    private_environment(os.environ, worker_nice)
     import ray  # after the environment is set, which it reads when imported
 
     # Before Ray is initialised, or it complains of not being in the main thread, where signals are ours.

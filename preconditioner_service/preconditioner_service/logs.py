@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any
 
 LOGGER = logging.getLogger("preconditioner_service")
@@ -68,6 +68,14 @@ def set_up(level: str, log_format: str) -> None:
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level.upper())
     LOGGER.propagate = False
+
+
+def quiet_grpc(environ: MutableMapping[str, str]) -> None:
+    """Keep gRPC, not yet imported, from writing lines of its own on stderr that strangers can bring about.
+
+    By default it writes one for each failed handshake. What ``GRPC_VERBOSITY`` says already holds.
+    """
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def _stamp(record: logging.LogRecord) -> str:

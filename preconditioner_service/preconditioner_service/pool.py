@@ -17,10 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from preconditioner_service.local_ray import RayDirectory, start_private_ray
+from preconditioner_service.local_ray import NICENESS, RayDirectory, start_private_ray
 from preconditioner_service.logs import event, limited
 from preconditioner_service.ray_link import check_reachable, node_is_alive, until_lost
 from preconditioner_service.root_worker import RootWorker
@@ -36,8 +36,8 @@ another job, which otherwise waits for both."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between attempts to reach an actor that is being restarted."""
 
-_START_TIMEOUT = 60.0
-"""Seconds until the first worker lives."""
+_NEWS_OF_START = 20.0
+"""Seconds after which an operator wants to know what is waited for."""
 
 _PING_TIMEOUT = 30.0
 _HEARTBEAT = 5.0
@@ -73,6 +73,7 @@ class PoolSettings:
     worker_nice: int = 0
     object_store_bytes: int = 256 * 1024 * 1024
     batch_patience: float = 60.0
+    start_timeout: float = 180.0
 
 
 @dataclass(eq=False)
@@ -132,16 +133,23 @@ class RayPool:
         """Start or join Ray, make the actors, and wait for the first of them.
 
         Raises:
-            PoolError: Ray did not start, could not be joined, or has no room for an actor.
+            PoolError: Ray did not start, could not be joined, or no actor lived within `start_timeout`.
         """
         await self._call(self._start_ray)
         first = asyncio.get_running_loop().create_future()
         for worker in self.workers:
             self._revive(worker, first)
-        try:
-            await asyncio.wait_for(first, _START_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise PoolError(await self._call(self._no_room)) from None
+        left = self._settings.start_timeout
+        while not (await asyncio.wait([first], timeout=min(left, _NEWS_OF_START)))[0]:
+            left -= _NEWS_OF_START
+            why = await self._call(self._room)
+            if left <= 0:
+                raise PoolError(
+                    f"no worker started within {self._settings.start_timeout:g} s: {why}; make room, lower "
+                    "--cpus-per-worker, or raise --start-timeout where the machine is busy or the cluster "
+                    "has yet to add a node"
+                )
+            event(logging.INFO, "waiting for the first worker", why=why)
         self._heartbeat = asyncio.get_running_loop().create_task(self._keep_asking())
 
     async def until_lost(self) -> str:
@@ -216,7 +224,9 @@ class RayPool:
         if settings.ray_address is None:
             try:
                 self._directory = start_private_ray(
-                    settings.num_workers * settings.cpus_per_worker, settings.object_store_bytes
+                    settings.num_workers * settings.cpus_per_worker,
+                    settings.object_store_bytes,
+                    settings.worker_nice,
                 )
             except Exception as error:
                 raise PoolError(f"a private Ray could not be started: {error}") from error
@@ -226,11 +236,13 @@ class RayPool:
 
         self._ray = ray
         self._node_id = ray.get_runtime_context().get_node_id()
-        resources: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
+        options: dict[str, Any] = {"num_cpus": settings.cpus_per_worker}
         if settings.worker_memory_bytes is not None:
-            resources["memory"] = settings.worker_memory_bytes
-        remote = ray.remote(RootWorker).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
-        self._make_actor = lambda: remote.remote(settings.cpus_per_worker, settings.worker_nice)
+            options["memory"] = settings.worker_memory_bytes
+        if settings.ray_address is not None:  # a private one has it for all of its workers
+            options["runtime_env"] = {"env_vars": {NICENESS: str(settings.worker_nice)}}
+        remote = ray.remote(RootWorker).options(max_restarts=-1, scheduling_strategy="SPREAD", **options)
+        self._make_actor = lambda: remote.remote(settings.cpus_per_worker)
         self.workers = [Worker(number, self._make_actor()) for number in range(settings.num_workers)]
 
     def _join(self, address: str) -> None:
@@ -257,13 +269,12 @@ class RayPool:
             self._ray.kill(worker.actor, no_restart=True)
         self._ray.shutdown()
 
-    def _no_room(self) -> str:
+    def _room(self) -> str:
         cpus = self._ray.cluster_resources().get("CPU", 0)
         free = self._ray.available_resources().get("CPU", 0)
         return (
-            f"no worker started within {_START_TIMEOUT:.0f} s: each needs "
-            f"{self._settings.cpus_per_worker} CPUs, and of Ray's {cpus:.0f} CPUs {free:.0f} are free; lower "
-            f"--cpus-per-worker, or make room{self._last_error and '; last error: ' + self._last_error}"
+            f"each needs {self._settings.cpus_per_worker} CPUs, and of Ray's {cpus:.0f} CPUs {free:.0f} are "
+            f"free{self._last_error and '; last error: ' + self._last_error}"
         )
 
     # In the event loop.
@@ -278,7 +289,7 @@ class RayPool:
             return [
                 outcome
                 if outcome.sides is None
-                else RootOutcome(tuple(side.copy() for side in outcome.sides), outcome.seconds)
+                else replace(outcome, sides=tuple(side.copy() for side in outcome.sides))
                 for outcome in outcomes
             ]
 

@@ -12,14 +12,12 @@ from preconditioner_service.tasks import RootOutcome, RootTask
 class RootWorker:
     """The actor. Its methods run one at a time."""
 
-    def __init__(self, threads: int, nice: int) -> None:
+    def __init__(self, threads: int) -> None:
         from preconditioner_service.compute import compute
         from preconditioner_service.roots import threads as bind
 
         self._compute = compute
         bind(threads)
-        if nice:
-            os.nice(nice)
         # The first decomposition of a process loads and tunes; better now than in a trainer's batch.
         identity = np.ones(1, dtype=np.float32)
         compute([RootTask((1,), (4.0,), 1, 1e-6, "<f4", (identity,))])

@@ -28,6 +28,7 @@ import grpc.aio
 
 from preconditioner_protos.history import HistoryError
 from preconditioner_service import logs, wire
+from preconditioner_service.arrivals import Arrivals, pace_arrivals
 from preconditioner_service.auth import BearerToken
 from preconditioner_service.board import Board
 from preconditioner_service.calls import WaitingRoom, make_calls_droppable
@@ -35,14 +36,15 @@ from preconditioner_service.dispatcher import Dispatcher
 from preconditioner_service.files import FileError
 from preconditioner_service.health import Health
 from preconditioner_service.history import HELD_SECONDS, ServiceHistory
-from preconditioner_service.logs import event, limited
+from preconditioner_service.logs import event
+from preconditioner_service.machine import is_loopback
 from preconditioner_service.parent import ParentWatch
 from preconditioner_service.policy import Policy
 from preconditioner_service.pool import PoolError, PoolSettings, RayPool
 from preconditioner_service.quarantine import Quarantine, QuarantineLimits
 from preconditioner_service.reloading import POLL_SECONDS
 from preconditioner_service.server import ExchangeLimits, Service, enable_reflection
-from preconditioner_service.settings import ServeSettings, is_loopback
+from preconditioner_service.settings import ServeSettings
 
 _STOP_SECONDS = 1.0
 """For calls that are still open when the streams have ended."""
@@ -116,6 +118,7 @@ class _Run:
                 worker_nice=settings.worker_nice,
                 object_store_bytes=settings.object_store_bytes,
                 batch_patience=settings.batch_patience,
+                start_timeout=settings.start_timeout,
             ),
             self._dispatcher.kick,
         )
@@ -183,6 +186,7 @@ class _Run:
         server = self._server()
         address = self._listen(server)
         await server.start()
+        self._server_started()
         self._health.set(True)
         background = [
             self._background("expire sessions", self._service.expire_sessions()),
@@ -277,13 +281,11 @@ class _Run:
 
     def _server(self) -> grpc.aio.Server:
         settings = self._settings
-
-        def refused(method: str) -> None:
-            limited(logging.WARNING, "unauthenticated", None, method=method[:100])
-
-        make_calls_droppable(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        make_calls_droppable(loop)
+        self._server_started = pace_arrivals(loop, Arrivals(settings.max_call_rate))
         server = grpc.aio.server(
-            interceptors=[BearerToken(self._policy, refused)],
+            interceptors=[BearerToken(self._policy)],
             maximum_concurrent_rpcs=settings.max_streams,
             options=wire.channel_options(settings),
         )

@@ -31,6 +31,8 @@ from preconditioner_service.sessions import Footprint, Job, Plan, Session
 
 SERVICE = "preconditioner_protos.v1.PreconditionerService"
 
+_REVOKED = "the token is no longer good: use the new one"
+
 _REFUSED = {
     Admission.FENCED: grpc.StatusCode.ABORTED,
     Admission.DIFFERENT_MANIFEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -88,7 +90,7 @@ class Service:
     async def OpenSession(self, data: bytes, context: Context) -> pb.OpenSessionResponse:
         """See the protocol. Raises ``EndOfStream``, as all calls do."""
         self._available()
-        async with self._openings.turn(len(data)) as run:
+        async with self._openings.turn(len(data), current_caller()) as run:
             request = await run(decode_open_request, data, self._policy().most_blocks)
             try:
                 session = await self._open(request, run)
@@ -134,7 +136,9 @@ class Service:
             footprint = await run(Footprint.of, manifest)
             self._check(request, grant, footprint)
             plan = await run(Plan, request, footprint)
-            self._check(request, grant, footprint)  # others may have been opened meanwhile
+            # Meanwhile others may have been opened, a drain begun, the policy changed.
+            self._available()
+            self._check(request, self._authorize(request.job), footprint)
             session, fenced = self._board.open(request, plan)
         except ManifestError as error:
             raise EndOfStream(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
@@ -159,8 +163,10 @@ class Service:
         return session
 
     def _authorize(self, job: str) -> Grant:
-        policy = self._policy()
-        if not policy.opens(current_caller(), job):
+        policy, caller = self._policy(), current_caller()
+        if not policy.knows(caller):
+            raise EndOfStream(grpc.StatusCode.UNAUTHENTICATED, _REVOKED)
+        if not policy.opens(caller, job):
             raise EndOfStream(
                 grpc.StatusCode.PERMISSION_DENIED, f"the token does not open job {job!r}: use that job's"
             )
@@ -191,9 +197,7 @@ class Service:
         """How a stream ends whose caller was let in and would not be any more."""
         policy = self._policy()
         if not policy.knows(caller):
-            return EndOfStream(
-                grpc.StatusCode.UNAUTHENTICATED, "the token is no longer good: use the new one"
-            )
+            return EndOfStream(grpc.StatusCode.UNAUTHENTICATED, _REVOKED)
         if not policy.opens(caller, job):
             return EndOfStream(grpc.StatusCode.PERMISSION_DENIED, f"the token no longer opens job {job!r}")
         return None

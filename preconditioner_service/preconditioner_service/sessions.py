@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -243,8 +244,13 @@ class Session:
 
     # Preconditioners, on their way to the trainer.
 
-    def publish(self, preconditioner: PackedBlock) -> None:
-        """The computed block's result: kept until its receipt, or until newer ones take its place."""
+    def publish(self, preconditioner: PackedBlock, retries: Sequence[int] = ()) -> None:
+        """The computed block's result: kept until its receipt, or until newer ones take its place.
+
+        Args:
+            preconditioner: the result.
+            retries: see ``RootOutcome``.
+        """
         if self.closed:
             return
         block = self.blocks[preconditioner.block]
@@ -254,7 +260,7 @@ class Session:
         block.unsent.append(preconditioner)
         self.job.counters.preconditioners_published += 1
         if self.history is not None:
-            self.history.block(Kind.PUBLISHED, block.index, preconditioner.step, preconditioner.sides)
+            self.history.published(preconditioner, retries)
         while len(block.unsent) > self.depth:
             block.unsent.popleft()
         while block.unreceipted and len(block.unsent) + len(block.unreceipted) > self.depth:

@@ -7,26 +7,22 @@ default. Unknown keys are errors everywhere, as a setting with a typing mistake 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from preconditioner_protos import MAX_MESSAGE_BYTES
-from preconditioner_service import toml
 from preconditioner_service.access import open_policy
+from preconditioner_service.machine import available_cpus, is_loopback, physical_memory
 from preconditioner_service.policy import Policy
 from preconditioner_service.quotas import Quotas
 from preconditioner_service.reloading import Reloading
+from preconditioner_service.sources import ENV_PREFIX, Environment, TomlFile
 from preconditioner_service.tls import ServerTls
 from preconditioner_service.tokens import read_tokens
 
-ENV_PREFIX = "PRECONDITIONER_SERVICE_"
 MIB = 1024 * 1024
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -35,19 +31,6 @@ PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=Fals
 
 
 PositiveLimit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-def physical_memory() -> int:
-    """Bytes of RAM of this machine, or of this container where that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
-        try:
-            memory = min(memory, int(path.read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return memory
 
 
 class ServeSettings(BaseSettings):
@@ -93,18 +76,27 @@ class ServeSettings(BaseSettings):
     ray_address: str | None = Field(
         None, description="existing Ray cluster, host:port or auto; without it a private one is started"
     )
-    num_workers: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
-        ge=1,
-        description="Ray actors that compute roots",
+    num_workers: PositiveInt = Field(
+        available_cpus(), description="Ray actors that compute roots; as many as cores that may be used"
     )
     cpus_per_worker: PositiveInt = Field(1, description="cores of every actor; BLAS is bound to them")
     worker_memory_bytes: int | None = Field(
         None, ge=1, description="memory that Ray reserves for every actor, for placement"
     )
-    worker_nice: int = Field(0, ge=0, le=19, description="niceness of the actors beside a training process")
+    worker_nice: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="niceness of the actors, on top of the service's own where Ray is private; 15 lets "
+        "training on the same cores go first",
+    )
     object_store_bytes: int = Field(
         256 * MIB, ge=80 * MIB, description="shared memory of the private Ray, for batches under way"
+    )
+    start_timeout: PositiveSeconds = Field(
+        180.0,
+        description="seconds until the first actor lives; a busy machine takes its time, and so does a "
+        "cluster that adds a node for it",
     )
 
     batch_patience: float = Field(
@@ -121,7 +113,9 @@ class ServeSettings(BaseSettings):
     )
 
     # Limits.
-    max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=64 * 1024, le=64 * MIB)
+    max_message_bytes: int = Field(
+        MAX_MESSAGE_BYTES, ge=64 * 1024, le=64 * MIB, description="largest message, either way"
+    )
     credit_bytes: int = Field(64 * MIB, ge=MIB, description="packed bytes unanswered per stream, either way")
     session_ttl: Seconds = Field(60.0, description="seconds that a session outlives its broken stream")
     drain_grace: Seconds = Field(20.0, description="seconds to finish acknowledged work after SIGTERM")
@@ -135,18 +129,21 @@ class ServeSettings(BaseSettings):
         None, description="blocks of a job that are computed a second; beyond it they wait, the newest wins"
     )
     max_job_bytes: int = Field(
-        default_factory=lambda: physical_memory() // 4,
+        physical_memory() // 4,
         ge=1,
-        description="statistics and preconditioners of a job",
+        description="statistics and preconditioners of a job; a quarter of the memory",
     )
     max_total_bytes: int = Field(
-        default_factory=lambda: physical_memory() // 2,
+        physical_memory() // 2,
         ge=1,
-        description="the same of all jobs, with bookkeeping and messages under way",
+        description="the same of all jobs, with bookkeeping and messages under way; half of the memory",
     )
     max_streams: PositiveInt = Field(1024, description="calls at a time, streams among them")
     max_streams_per_connection: PositiveInt = Field(128, description="calls at a time of one connection")
     max_connections: PositiveInt = Field(1024, description="connections at a time; further ones are closed")
+    max_call_rate: PositiveLimit = Field(
+        400.0, description="calls that begin a second, beyond those of one second at once; further ones wait"
+    )
     max_waiting_calls: PositiveInt = Field(
         16, description="calls whose first message has not come; a further one displaces the oldest"
     )
@@ -169,8 +166,12 @@ class ServeSettings(BaseSettings):
     )
 
     # Logs and embedding.
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe events that are logged"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="one line, or one JSON object, per event on stderr"
+    )
     parent_pid: int | None = Field(
         None, ge=1, description="stop when this process, which must be the parent, is gone"
     )
@@ -192,7 +193,7 @@ class ServeSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments (put before these by the CLI), environment, file."""
-        return init_settings, _CheckedEnvironment(settings_cls, env_settings), _TomlFile(settings_cls)
+        return init_settings, Environment(settings_cls, env_settings), TomlFile(settings_cls)
 
     @field_validator("ray_address")
     @classmethod
@@ -263,53 +264,3 @@ class ServeSettings(BaseSettings):
         assert self.tls_cert is not None
         assert self.tls_key is not None  # by _consistent
         return ServerTls(self.tls_cert, self.tls_key, self.tls_client_ca)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server on that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-class _CheckedEnvironment(PydanticBaseSettingsSource):
-    """The environment, with unknown ``PRECONDITIONER_SERVICE_*`` names refused."""
-
-    def __init__(self, settings_cls: type[BaseSettings], source: PydanticBaseSettingsSource) -> None:
-        super().__init__(settings_cls)
-        self._source = source
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._source.get_field_value(field, field_name)
-
-    def __call__(self) -> dict[str, Any]:
-        known = {ENV_PREFIX + name.upper() for name in self.settings_cls.model_fields}
-        unknown = sorted(
-            name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
-        )
-        if unknown:
-            raise SettingsError(f"unknown in the environment: {', '.join(unknown)}")
-        return self._source()
-
-
-class _TomlFile(PydanticBaseSettingsSource):
-    """The file that ``config`` names, which arguments or environment have set."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        path = self.current_state.get("config")
-        if path is None:
-            return {}
-        return dict(_read_toml(Path(path)))
-
-
-def _read_toml(path: Path) -> Mapping[str, Any]:
-    try:
-        return toml.parse(path.read_bytes())
-    except (OSError, toml.TomlError) as error:
-        raise SettingsError(f"config {path}: {error}") from None

@@ -45,9 +45,11 @@ class RootOutcome:
         seconds: wall time spent on every side; 0 where a failure came first.
         reason: a ``NackReason`` where ``sides`` is ``None``.
         detail: for people, where ``sides`` is ``None``.
+        retries: how many times each side's ridge or threshold was multiplied by ten; empty without ``sides``.
     """
 
     sides: tuple[Array, ...] | None
     seconds: tuple[float, ...]
     reason: pb.NackReason = pb.NACK_REASON_UNSPECIFIED
     detail: str = ""
+    retries: tuple[int, ...] = ()

@@ -84,6 +84,9 @@ def channel_options(settings: ServeSettings) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 3),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        # Calls that wait to begin: each connection may have one, and none could fill the memory with them.
+        ("grpc.server.max_pending_requests", settings.max_connections),
+        ("grpc.server.max_pending_requests_hard_limit", settings.max_connections * 3 // 2),
         ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
         ("grpc.max_connection_idle_ms", _milliseconds(settings.connection_idle_timeout)),
         # Above the first it refuses some, above the second all: one bound is easier to reckon with.

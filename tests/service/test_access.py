@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from in_process_service import InProcessService
-from preconditioner_service import calls, server, tokens
+from preconditioner_service import calls, server, sessions, tokens
 from raw_trainer import manifest, open_request, statistics, wait_for
 
 
@@ -142,6 +142,24 @@ def test_a_token_that_opens_other_jobs_only_ends_the_stream_with_permission_deni
     jobs.write(entry("a", "else"), entry("b", "token-a"))
     stream.until(lambda: stream.ended)
     assert stream.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_token_that_is_revoked_while_its_manifest_is_checked_opens_nothing(
+    jobs, trainers, service, monkeypatch
+):
+    class Plan(sessions.Plan):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            jobs.write(entry("a", "new-a"), entry("b", "token-b"))
+            service._run._reload(at_once=True)
+
+    monkeypatch.setattr(server, "Plan", Plan)
+    trainer = trainers("token-a")
+    assert code_of(lambda: trainer.open(open_request("a", manifest((4,))))) == (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the token is no longer good: use the new one",
+    )
+    assert not service._run._board.jobs
 
 
 def test_a_token_that_is_revoked_while_its_stream_attaches_is_out(jobs, trainers, service, monkeypatch):

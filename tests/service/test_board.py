@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from preconditioner_protos import PackedBlock
 from preconditioner_protos import manifest as manifests
+from preconditioner_protos.history import Kind, read_history
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service.board import Admission, AdmissionError, Board
+from preconditioner_service.history import ServiceHistory
 from preconditioner_service.sessions import Footprint, Plan, budget_bytes
 from raw_trainer import manifest, open_request
 
@@ -65,6 +67,17 @@ def test_the_newest_snapshot_replaces_one_that_waits():
     )
     session.publish(packed(0, 2))
     assert session.begin(0).step == 3
+
+
+def test_a_history_says_how_often_the_ridge_was_raised(tmp_path):
+    recording = board()
+    recording.history = ServiceHistory(tmp_path / "service.jsonl", None)
+    session = recording.open(open_request("job", manifest((2,))))[0]
+    session.publish(packed(0, 1), retries=(2,))
+    recording.history.close()
+    events = read_history([tmp_path / "service.jsonl"]).events
+    (published,) = [event for event in events if event.kind is Kind.PUBLISHED]
+    assert published.data["retries"] == [2]
 
 
 def test_step_zero_is_a_step():

@@ -58,7 +58,7 @@ def cluster():
 def test_an_existing_cluster_computes_and_outlives_the_service(start, cluster):
     address, token, head = cluster
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": "10.255.255.1:1"}
-    service = start("--num-workers=2", f"--ray-address={address}", environment=environment)
+    service = start("--num-workers=2", "--worker-nice=3", f"--ray-address={address}", environment=environment)
     assert service.line["event"] == "ready", service.line
     trainer = service.trainer()
     trainer.open(open_request("job", manifest((32,))))
@@ -66,6 +66,9 @@ def test_an_existing_cluster_computes_and_outlives_the_service(start, cluster):
     stream.snapshot(0, 1, statistics(32))
     stream.until(lambda: stream.arrived)
     assert abs(stream.root(0, 1) - expected_root(statistics(32))).max() < 1e-5
+    wait_for(lambda: trainer.status().workers == 2)
+    family = psutil.Process(head.pid).children(recursive=True)
+    assert [p.nice() for p in family if "RootWorker" in " ".join(p.cmdline())] == [3, 3]
     service.process.terminate()
     assert service.process.wait(30) == 0
     assert token not in service.log()

@@ -23,6 +23,14 @@ def task(*matrices: np.ndarray, order=4.0, kind=pb.RIDGE_KIND_RELATIVE, ridge=1e
     )
 
 
+def test_how_often_the_ridge_was_raised_is_told_of_every_side():
+    singular = np.diag([0.0, 4.0])
+    sound, raised = compute([task(statistics(2)), task(statistics(2), singular, ridge=0.0)])
+    assert sound.retries == (0,)
+    assert raised.retries[0] == 0
+    assert raised.retries[1] > 0
+
+
 def test_a_batch_of_different_sizes_comes_back_in_order():
     sizes = [(5, 9), (9,), (5, 5), (1,)]
     tasks = [task(*(statistics(n, seed=10 * i + n) for n in lengths)) for i, lengths in enumerate(sizes)]

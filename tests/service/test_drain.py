@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import grpc
 import pytest
 
 from in_process_service import InProcessService
-from preconditioner_service import logs
+from preconditioner_service import logs, server, sessions
 from raw_trainer import manifest, open_request, statistics, wait_for
 
 
@@ -42,6 +43,20 @@ def test_a_drain_that_is_cut_short_is_not_complete(service, trainer, at_work):
     stream.until(lambda: stream.ended)
     wait_for(lambda: not service._run._service._streams)
     assert drained(service) is not at_work
+
+
+def test_a_request_that_waits_when_a_drain_begins_opens_nothing(service, trainer, monkeypatch):
+    class Plan(sessions.Plan):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            assert drained(service)
+
+    monkeypatch.setattr(server, "Plan", Plan)
+    with pytest.raises(grpc.RpcError) as caught:
+        trainer.open(open_request("job", manifest(*[(4,)] * 400)))  # checked in a thread
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "draining" in caught.value.details()
+    assert not service._run._board.jobs
 
 
 def test_who_opens_and_closes_again_and_again_does_not_fill_the_log(service, trainer, caplog, monkeypatch):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import pytest
+
 from preconditioner_service import pool as pools
-from preconditioner_service.pool import PoolSettings, RayPool, Worker
+from preconditioner_service.pool import PoolError, PoolSettings, RayPool, Worker
 
 
 class RayError(Exception):
@@ -26,6 +29,8 @@ class Ray:
     def __init__(self) -> None:
         self.failures: list[tuple[str, Exception]] = []
         self.made = self.pings = 0
+        self.answers_from = 0.0
+        """`time.monotonic()` from which pings are answered."""
         self.ping = SimpleNamespace(remote=lambda: SimpleNamespace(future=self._ping))
 
     def _may_fail(self, what: str) -> None:
@@ -36,8 +41,15 @@ class Ray:
         self._may_fail("ping")
         self.pings += 1
         answer: Future[int] = Future()
-        answer.set_result(4711)
+        if time.monotonic() >= self.answers_from:
+            answer.set_result(4711)
         return answer
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0}
+
+    def available_resources(self) -> dict[str, float]:
+        return {}
 
     def kill(self, actor: object, *, no_restart: bool) -> None:
         self._may_fail("kill")
@@ -48,11 +60,11 @@ class Ray:
         return self
 
 
-def in_a_pool(scenario) -> None:
+def in_a_pool(scenario, **settings) -> None:
     async def main() -> None:
         ray = Ray()
-        pool = RayPool(PoolSettings(num_workers=1), lambda: None)
-        pool._ray, pool._make_actor = ray, ray.make
+        pool = RayPool(PoolSettings(num_workers=1, **settings), lambda: None)
+        pool._ray, pool._make_actor, pool._start_ray = ray, ray.make, lambda: None
         pool.workers = [Worker(0, ray)]
         try:
             await asyncio.wait_for(scenario(pool, ray), 20)
@@ -92,3 +104,29 @@ def test_workers_are_asked_on_although_one_answer_was_an_unforeseen_error(monkey
         assert pool.alive == 1
 
     in_a_pool(scenario)
+
+
+def test_a_worker_that_takes_its_time_is_waited_for_with_news_for_the_operator(monkeypatch, caplog):
+    monkeypatch.setattr(pools, "_NEWS_OF_START", 0.05)
+    monkeypatch.setattr(pools, "_PING_TIMEOUT", 0.05)
+
+    async def scenario(pool: RayPool, ray: Ray) -> None:
+        ray.answers_from = time.monotonic() + 0.3
+        await pool.start()
+        assert pool.alive == 1
+
+    with caplog.at_level("INFO"):
+        in_a_pool(scenario)
+    news = [record.fields["why"] for record in caplog.records if record.msg == "waiting for the first worker"]
+    assert news[-1] == "each needs 1 CPUs, and of Ray's 4 CPUs 0 are free; last error: TimeoutError"
+
+
+def test_without_a_worker_the_start_fails_with_the_ways_out(monkeypatch):
+    monkeypatch.setattr(pools, "_PING_TIMEOUT", 0.05)
+
+    async def scenario(pool: RayPool, ray: Ray) -> None:
+        ray.answers_from = float("inf")
+        with pytest.raises(PoolError, match=r"within 0.3 s: each needs 1 CPUs, .*--start-timeout"):
+            await pool.start()
+
+    in_a_pool(scenario, start_timeout=0.3)

@@ -20,6 +20,8 @@ import torch
 from conftest import PREFIX, ServiceProcess
 
 from preconditioner_client import ExchangeError, ServiceConfig, Shampoo
+from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 from preconditioner_service import tokens
 from preconditioner_service.certificates import make_certificates
 from preconditioner_service.settings import ServeSettings
@@ -42,6 +44,7 @@ class Site:
         self.stranger = make_certificates(directory / "stranger", ["localhost"])
         self.jobs = directory / "jobs.toml"
         self.write_jobs(GOOD)
+        self.history = directory / "service.jsonl"
         self.token = directory / "token"
         self.token.write_text(f"{GOOD}\n")
         self.token.chmod(0o600)
@@ -54,6 +57,7 @@ class Site:
             f"--tls-cert={files.server}",
             f"--tls-key={files.server_key}",
             f"--tls-client-ca={files.ca}",
+            f"--history-file={self.history}",
             environment={f"{PREFIX}TOKEN": None, "GRPC_VERBOSITY": "info"},
         )
         assert self.service.line["event"] == "ready", self.service.line
@@ -78,6 +82,17 @@ class Site:
             line for path in keys for line in path.read_text().splitlines() if not line.startswith("-----")
         ]
         return [GOOD, ROTATED, FOREIGN, WRONG, PASTED, *lines, self.ray_environment()["RAY_AUTH_TOKEN"]]
+
+    def status(self) -> pb.GetStatusResponse:
+        """What the service tells a trainer that has the new token."""
+        files = self.certificates
+        credentials = grpc.ssl_channel_credentials(
+            files.ca.read_bytes(), files.client_key.read_bytes(), files.client.read_bytes()
+        )
+        with grpc.secure_channel(self.address, credentials) as channel:
+            return pb_grpc.PreconditionerServiceStub(channel).GetStatus(
+                pb.GetStatusRequest(), metadata=(("authorization", f"Bearer {ROTATED}"),), timeout=30
+            )
 
     def process(self, name: str) -> psutil.Process:
         return next(process for process in self.service.family() if process.name() == name)
@@ -125,7 +140,8 @@ def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_
     caplog.set_level(logging.DEBUG)
     said = [repr(site.config(token=GOOD, token_file=None)), repr(site.config())]
     model = torch.nn.Linear(3, 2)
-    optimizer = Shampoo(model.parameters(), lr=0.1, service=site.config())
+    own_history = tmp_path / "trainer.jsonl"
+    optimizer = Shampoo(model.parameters(), lr=0.1, service=site.config(history_file=str(own_history)))
     train(optimizer, model, lambda metrics: metrics["blocks_with_version"] == metrics["blocks"])
 
     stranger = {"tls_cert": str(site.stranger.client), "tls_key": str(site.stranger.client_key)}
@@ -170,7 +186,14 @@ def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_
     )
     said += [repr(settings), str(settings.model_dump()), settings.model_dump_json()]
     said += [str(optimizer.metrics()), str(optimizer.state_dict()["state"]), repr(optimizer)]
+    # What the service tells of the job while it is there, and what both keep of it.
+    status = str(site.status())
+    assert "secretive" in status
     optimizer.close()
+    for history in (site.history, own_history):
+        assert "secretive" in history.read_text()
+        said.append(history.read_text())
+    said.append(status)
     out, err = capfd.readouterr()
     said += [out, err, caplog.text, str(site.service.line), site.service.log()]
     ray_logs = [

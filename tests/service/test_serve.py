@@ -35,6 +35,11 @@ def test_rays_directory_is_closed_to_other_users(service):
     assert directory.stat().st_mode & 0o777 == 0o700
 
 
+def test_workers_are_as_nice_as_the_service(service, all_workers):
+    """By Ray's default any busy program, the service too, leaves them a thirtieth of the cores."""
+    assert [worker.nice() for worker in service.workers()] == [os.nice(0)] * 2
+
+
 def test_no_port_of_a_private_ray_is_open_to_other_machines(service, all_workers):
     listening = {
         connection.laddr.ip.removeprefix("::ffff:")

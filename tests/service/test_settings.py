@@ -8,8 +8,10 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
+from preconditioner_service import cli, machine
 from preconditioner_service.files import FileError
-from preconditioner_service.settings import ServeSettings, is_loopback
+from preconditioner_service.machine import is_loopback
+from preconditioner_service.settings import ServeSettings
 
 SECRET = "hush-hush-51d2"
 
@@ -52,7 +54,7 @@ def test_precedence(monkeypatch, tmp_path):
 def test_defaults():
     settings = parse()
     assert (settings.host, settings.port, settings.ray_address) == ("127.0.0.1", 0, None)
-    assert settings.num_workers == len(os.sched_getaffinity(0))
+    assert settings.num_workers == machine.available_cpus()
     assert opens(settings, SECRET)
     assert not opens(settings, "another")
     assert SECRET not in repr(settings)
@@ -70,6 +72,83 @@ def test_unknown_keys_everywhere(monkeypatch, tmp_path):
     monkeypatch.setenv("PRECONDITIONER_SERVICE_PROT", "1")
     with pytest.raises(SettingsError, match="PRECONDITIONER_SERVICE_PROT"):
         parse()
+
+
+LINKS = {
+    "SERVICE_HOST": "10.96.0.7",
+    "SERVICE_PORT": "50051",
+    "SERVICE_PORT_GRPC": "50051",
+    "PORT": "tcp://10.96.0.7:50051",
+    "PORT_50051_TCP": "tcp://10.96.0.7:50051",
+    "PORT_50051_TCP_PROTO": "tcp",
+    "PORT_50051_TCP_PORT": "50051",
+    "PORT_50051_TCP_ADDR": "10.96.0.7",
+}
+"""What Kubernetes puts into every pod for a Service, after its name."""
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("service", ["PRECONDITIONER_SERVICE_", "PRECONDITIONER_SERVICE_GRPC_"])
+def test_service_links_of_kubernetes_are_no_settings(monkeypatch, tmp_path, service):
+    for name, value in LINKS.items():
+        monkeypatch.setenv(service + name, value)
+    assert parse().port == 0
+    file = tmp_path / "service.toml"
+    file.write_text("port = 7\n")
+    assert parse("--config", str(file)).port == 7
+    monkeypatch.setenv("PRECONDITIONER_SERVICE_SERVICE_HOTS", "x")
+    with pytest.raises(SettingsError, match="PRECONDITIONER_SERVICE_SERVICE_HOTS"):
+        parse()
+
+
+@pytest.mark.usefixtures("token")
+def test_the_links_of_a_service_called_preconditioner(monkeypatch):
+    for name, value in LINKS.items():
+        monkeypatch.setenv(f"PRECONDITIONER_{name}", value)
+    settings = parse("--host", "127.0.0.1")
+    assert settings.port == 50051, "cannot be told from a setting: deploy/README.md names the way out"
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("name", [name for name in LINKS if name != "PORT"])
+def test_names_like_links_without_a_service_are_refused(monkeypatch, name):
+    monkeypatch.setenv(f"PRECONDITIONER_SERVICE_{name}", LINKS[name])
+    with pytest.raises(SettingsError, match=name):
+        parse()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "file", "told"),
+    [
+        ([], {"PORT": "x"}, "", "port (PRECONDITIONER_SERVICE_PORT): "),
+        ([], {}, "port = 'x'", "port (FILE): "),
+        (["--port", "x"], {"PORT": "1"}, "port = 2", "port: "),
+        ([], {"PORT": "x"}, "port = 2", "port (PRECONDITIONER_SERVICE_PORT): "),
+        ([], {}, "prot = 1", "prot (FILE): unknown setting (did you mean port?)"),
+        ([], {"MAX_SIDES": "1"}, "", "(did you mean PRECONDITIONER_SERVICE_MAX_SIDE?)"),
+        (["--max-sides", "1"], {}, "", "(did you mean --max-side?)"),
+        (
+            [],
+            {},
+            "token_file = 'x'",
+            "(token is set by PRECONDITIONER_SERVICE_TOKEN, token_file is set by FILE)",
+        ),
+        ([], {}, "zebra = 1", "zebra (FILE): unknown setting"),
+    ],
+)
+@pytest.mark.usefixtures("token")
+def test_errors_say_where_a_setting_came_from(
+    monkeypatch, tmp_path, capsys, arguments, variables, file, told
+):
+    path = tmp_path / "service.toml"
+    path.write_text(file)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"PRECONDITIONER_SERVICE_{name}", value)
+    assert cli.main(["serve", "--config", str(path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told.replace("FILE", str(path)) in error
+    assert SECRET not in error
+    assert "zebra" not in error or "did you mean" not in error
 
 
 @pytest.mark.usefixtures("token")

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -93,12 +94,13 @@ def test_deadlines_are_wide():
 
 def test_the_private_environment_forgets_other_rays():
     environment = {"RAY_ADDRESS": "head:6379", "RAY_AUTH_TOKEN": "theirs", "HOME": "/home/me"}
-    private_environment(environment)
+    private_environment(environment, worker_nice=3)
     assert environment["HOME"] == "/home/me"
     assert "RAY_ADDRESS" not in environment
     assert environment["RAY_AUTH_MODE"] == "token"
     assert len(environment["RAY_AUTH_TOKEN"]) >= 32
     assert environment["RAY_AUTH_TOKEN"] != "theirs"
+    assert environment["RAY_worker_niceness"] == str(min(os.nice(0) + 3, 19))
 
 
 def test_the_reaper_ends_who_holds_files_in_the_directory_and_removes_it():

@@ -53,6 +53,7 @@ def eigenbasis(matrix: ArrayLike) -> Eigenbasis:
         raise ResidualError(f"{error}; drop this matrix, the next one will differ") from error
     magnitude_NN = np.abs(rows_NN)
     first_N = (magnitude_NN >= _NEARLY_LARGEST * magnitude_NN.max(axis=1, keepdims=True)).argmax(axis=1)
-    rows_NN *= np.copysign(1.0, rows_NN[np.arange(n), first_N])[:, None]
+    # A new array: the rows are in memory that the next call writes to.
+    signed_NN = rows_NN * np.copysign(1.0, rows_NN[np.arange(n), first_N])[:, None]
     with np.errstate(over="ignore"):
-        return Eigenbasis(np.ldexp(values_N, prepared.exponents[0]), rows_NN.T)
+        return Eigenbasis(np.ldexp(values_N, prepared.exponents[0]), signed_NN.T)

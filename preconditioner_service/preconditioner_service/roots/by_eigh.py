@@ -7,6 +7,7 @@ product.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from .inputs import Prepared, rounding_level
 from .order import Order
 from .solution import Solution, escalated, failure, restore
 from .triangles import FULL_UP_TO
-from .verification import default_bound, multiply, probes, project, residuals
+from .verification import default_bound, multiply, probes_of, project, residuals
 from .workspace import scratch
 
 
@@ -35,19 +36,24 @@ def solve(
 ) -> tuple[Floats, list[Solution | RootError]]:
     """Return verified roots of the scaled matrices, (b, n, n), and for each how it came about or its error.
 
-    The roots are scratch memory, valid until this thread calls again; beyond `FULL_UP_TO` rows only their
-    upper triangles are.
+    The scaled matrices are overwritten. The roots are scratch memory, valid until this thread calls again;
+    beyond `FULL_UP_TO` rows only their upper triangles are.
     """
     # What is one number a matrix stays a Python float: after a decomposition the interpreter has left the
     # caches, and a numpy call costs as much as a pass over a matrix of 100 rows.
     count, n = prepared.scaled_BNN.shape[:2]
     outcomes: list[Solution | RootError | None] = [None] * count
     values_BN = np.empty((count, n))
-    vectors_BNN = scratch("vectors", count, n)
+    # Verification begins with A times its probes. Known beforehand, A itself need not outlive this.
+    probed_BKN = prepared.probed_BKN
+    if probed_BKN is None:
+        probed_BKN = multiply(prepared.scaled_BNN, probes_of(count, n))
+    vectors_BNN = prepared.scaled_BNN
     for i in range(count):
-        np.copyto(vectors_BNN[i], prepared.scaled_BNN[i])
         try:
-            values_BN[i] = spectrum.decompose(vectors_BNN[i])[0]
+            values_BN[i], rows_NN = spectrum.decompose(vectors_BNN[i])
+            if count == 1:  # its vectors may be elsewhere
+                vectors_BNN = rows_NN[None]
         except np.linalg.LinAlgError as error:
             outcomes[i] = ResidualError(f"{error}; drop this snapshot, the next one will differ")
             values_BN[i] = 1.0
@@ -60,7 +66,8 @@ def solve(
             outcomes[i] = _indefinite(smallest, largest, allowed, exponent)
         levels.append(conditioning.level(largest, max(total / n, 0.0), exponent))
 
-    decomposed = _Decomposed(prepared.scaled_BNN, values_BN, vectors_BNN, scratch("roots", count, n))
+    roots_BNN = scratch("roots", count, n)
+    decomposed = _Decomposed(prepared, list(range(count)), probed_BKN, values_BN, vectors_BNN, roots_BNN)
     pending = [i for i in range(count) if outcomes[i] is None]
     for retry in range(retries + 1):
         if not pending:
@@ -73,7 +80,10 @@ def solve(
         for i, level, figure in zip(pending, tried, figures, strict=True):
             if figure.residual <= figure.bound:
                 smallest, largest = values_BN.item(i, 0), max(values_BN.item(i, n - 1), 0.0)
-                outcomes[i] = Solution(0, smallest, largest, level=level, retries=retry, **figure._asdict())
+                condition, rank, residual, bound = figure
+                outcomes[i] = Solution(
+                    0, smallest, largest, condition, level, rank, residual, bound, retries=retry
+                )
             elif retry == retries:
                 kind = "threshold" if conditioning.truncates else "ridge"
                 level = restore(level, prepared.exponents[i])
@@ -94,7 +104,11 @@ def _indefinite(smallest: float, largest: float, allowed: float, exponent: int) 
 class _Decomposed:
     """A stack of matrices, what they were decomposed into, and where their roots go."""
 
-    scaled_BNN: Floats
+    prepared: Prepared
+    rows: list[int]
+    """Where each stands among the prepared matrices."""
+    probed_BKN: Floats
+    """A times each probe."""
     values_BN: Floats
     """Ascending."""
     vectors_BNN: Floats
@@ -105,11 +119,17 @@ class _Decomposed:
         """Copies of some of them, and room for their roots."""
         n = self.values_BN.shape[1]
         return _Decomposed(
-            self.scaled_BNN[rows],
+            self.prepared,
+            [self.rows[i] for i in rows],
+            self.probed_BKN[rows],
             self.values_BN[rows],
             self.vectors_BNN[rows],
             np.empty((len(rows), n, n)),
         )
+
+    def matrices(self, which: list[int] | None = None) -> Floats:
+        """Return the scaled matrices, made once more."""
+        return self.prepared.again(self.rows if which is None else [self.rows[i] for i in which])
 
 
 class _Figures(NamedTuple):
@@ -155,7 +175,7 @@ def _attempt(
     chosen = [i for i in range(count) if refinement.worthwhile(n, conditions[i], exponent)]
     if chosen:
         of.root_BNN[chosen] = refinement.refined(
-            of.scaled_BNN[chosen],
+            of.matrices(chosen),
             of.vectors_BNN[chosen],
             np.ones((len(chosen), n), np.bool_) if kept_BN is None else kept_BN[chosen],
             ridge_B1[chosen],
@@ -189,14 +209,17 @@ def _residuals(
     count, n = of.values_BN.shape
     clips = bool((of.values_BN[:, 0] < 0.0).any())
 
+    matrices = functools.cache(of.matrices)
+
     def apply_b(rows_BKN: Floats) -> Floats:
-        product_BKN = multiply(of.scaled_BNN, rows_BKN)
+        known = kept_BN is None and rows_BKN is start_BKN
+        product_BKN = of.probed_BKN.copy() if known else multiply(matrices(), rows_BKN)
         product_BKN += ridge_B1[:, :, None] * rows_BKN
         if clips:
             product_BKN -= project(rows_BKN, of.vectors_BNN, np.minimum(of.values_BN, 0.0))
         return product_BKN
 
-    start_BKN = np.broadcast_to(probes(n), (count, *probes(n).shape))
+    start_BKN = probes_of(count, n)
     if kept_BN is not None:
         start_BKN = project(start_BKN, of.vectors_BNN, kept_BN.astype(np.float64))
     return residuals(apply_b, lambda rows_BKN: multiply(of.root_BNN, rows_BKN), order, start_BKN)

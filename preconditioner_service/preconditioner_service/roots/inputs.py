@@ -6,21 +6,25 @@ Shapes: B matrices in a stack, N rows, P = N (N + 1) / 2 packed elements.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import spectrum
 from .conditioning import Floats
 from .errors import AsymmetricError, DtypeError, EmptyError, NotFiniteError, RootError, ShapeError
-from .triangles import FULL_UP_TO, largest_asymmetry, mirror_upper, symmetrise, unpack
-from .verification import probes
+from .triangles import largest_asymmetry, mirror_upper, symmetrise, unpack
+from .verification import multiply, probes, probes_of
 from .workspace import scratch
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _HARMLESS_SHIFT = 32
 """Scales of 2^-32 to 2^32 leave so much of float64's range that nothing is gained by scaling."""
+_LOOKED_UP_TO = 32
+"""Rows up to which elements are compared with each other: a probe could hold too little of one of few."""
 _PRODUCT_ROUNDING = 4.0 * float(np.finfo(np.float64).eps)
 _LARGEST_SHIFT = 1000
 """Powers of two up to this are normal float64 numbers, and so are their inverses."""
@@ -38,6 +42,22 @@ class Prepared:
     eps: float
     """Unit roundoff of the dtype in which the statistics were accumulated."""
     errors: dict[int, RootError]
+    stack: NDArray[Any]
+    """As the caller handed it over."""
+    rounded: bool
+    """Whether matrices differed from their transposes by rounding."""
+    probed_BKN: Floats | None = None
+    """The scaled matrices times the probes of verification, where that was needed to see their symmetry."""
+
+    def again(self, rows: Iterable[int]) -> Floats:
+        """Return some of the scaled matrices as they were before `scaled_BNN` was worked on in place."""
+        rows = list(rows)
+        again_BNN = np.empty((len(rows), *self.scaled_BNN.shape[1:]))
+        stack = self.stack[[self.index[k] for k in rows]]
+        _fill(again_BNN, stack, [self.exponents[k] for k in rows])
+        if self.rounded:
+            symmetrise(again_BNN)
+        return again_BNN
 
 
 def rounding_level(n: int, eps: float) -> float:
@@ -84,6 +104,7 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
         floor: an absolute ridge, which must not overflow when it is scaled along.
     """
     errors: dict[int, RootError] = {}
+    whole = stack
     eps = float(np.finfo(stack.dtype).eps)
     flat = stack.reshape(len(stack), -1)
     scales = [
@@ -101,18 +122,16 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
 
     exponents = [math.frexp(max(scale, floor))[1] for scale in scales]
     exponents = [0 if abs(exponent) <= _HARMLESS_SHIFT else exponent for exponent in exponents]
-    scaled_BNN = scratch("scaled", len(stack), n)
+    room_NN = spectrum.room(n) if len(stack) == 1 else None
+    scaled_BNN = scratch("scaled", len(stack), n) if room_NN is None else room_NN[None]
+    _fill(scaled_BNN, stack, exponents)
     if stack.ndim == 2:
-        packed_BP = stack.astype(np.float64)
-        _shift(packed_BP, exponents)
-        unpack(packed_BP, scaled_BNN)
-        mirror_upper(scaled_BNN)
-        return Prepared(scaled_BNN, exponents, index, eps, errors)
-
-    np.copyto(scaled_BNN, stack)
-    _shift(scaled_BNN, exponents)
-    if _looks_symmetric(scaled_BNN, [math.ldexp(s, -e) for s, e in zip(scales, exponents, strict=True)]):
-        return Prepared(scaled_BNN, exponents, index, eps, errors)
+        return Prepared(scaled_BNN, exponents, index, eps, errors, whole, rounded=False)
+    if n > _LOOKED_UP_TO:
+        probed_BKN = multiply(scaled_BNN, probes_of(len(stack), n))
+        units = [math.ldexp(s, -e) for s, e in zip(scales, exponents, strict=True)]
+        if _looks_symmetric(scaled_BNN, probed_BKN, units):
+            return Prepared(scaled_BNN, exponents, index, eps, errors, whole, False, probed_BKN)
     asymmetries = largest_asymmetry(stack).tolist()
     symmetric = []
     for k, (asymmetry, scale) in enumerate(zip(asymmetries, scales, strict=True)):
@@ -127,23 +146,32 @@ def prepare(stack: NDArray[Any], n: int, floor: float = 0.0) -> Prepared:
     if len(symmetric) < len(index):
         scaled_BNN = scaled_BNN[symmetric]
         exponents, index = [exponents[k] for k in symmetric], [index[k] for k in symmetric]
-    if any(asymmetries):
+    rounded = any(asymmetries)
+    if rounded:
         symmetrise(scaled_BNN)
-    return Prepared(scaled_BNN, exponents, index, eps, errors)
+    return Prepared(scaled_BNN, exponents, index, eps, errors, whole, rounded)
 
 
-def _looks_symmetric(stack_BNN: Floats, scales: list[float]) -> bool:
-    """Whether A v = A^T v for a random v, up to the rounding of these products; a tenth of looking it up."""
+def _fill(scaled_BNN: Floats, stack: NDArray[Any], exponents: list[int]) -> None:
+    """Write the scaled matrices of a stack, square or packed, to scaled_BNN."""
+    if stack.ndim == 2:
+        packed_BP = stack.astype(np.float64)
+        _shift(packed_BP, exponents)
+        unpack(packed_BP, scaled_BNN)
+        mirror_upper(scaled_BNN)
+        return
+    np.copyto(scaled_BNN, stack)
+    _shift(scaled_BNN, exponents)
+
+
+def _looks_symmetric(stack_BNN: Floats, probed_BKN: Floats, scales: list[float]) -> bool:
+    """Whether A^T v = A v for a random v, up to the rounding of these products; a tenth of looking it up."""
     n = stack_BNN.shape[1]
-    if n <= FULL_UP_TO:
-        return False
-    probe_N = probes(n)[0]
-    for matrix_NN, scale in zip(stack_BNN, scales, strict=True):
-        difference_N = matrix_NN @ probe_N
-        difference_N -= probe_N @ matrix_NN
-        if not np.abs(difference_N, out=difference_N).max() <= _PRODUCT_ROUNDING * math.sqrt(n) * scale:
-            return False
-    return True
+    difference_BN = np.matmul(probes(n)[0], stack_BNN)
+    difference_BN -= probed_BKN[:, 0]
+    worst = np.abs(difference_BN, out=difference_BN).max(axis=1).tolist()
+    allowed = _PRODUCT_ROUNDING * math.sqrt(n)
+    return all(most <= allowed * scale for most, scale in zip(worst, scales, strict=True))
 
 
 def _shift(stack: Floats, exponents: list[int]) -> None:

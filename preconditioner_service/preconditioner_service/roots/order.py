@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 from numbers import Rational
 from typing import NamedTuple
 
@@ -40,6 +41,12 @@ def as_order(p: float | Rational) -> Order:
         raise OrderError(f"p must be an int, a float or a Fraction, not {type(p).__name__}")
     if isinstance(p, float) and not math.isfinite(p):
         raise OrderError(f"p = {p} is not finite; the matrices of a 2-D block need p = 4")
+    return _reduced(p if isinstance(p, float) else Fraction(p))
+
+
+# Fractions are slow, and a process asks for few orders. Typed, as a float is not the fraction that it equals.
+@lru_cache(maxsize=64, typed=True)
+def _reduced(p: float | Fraction) -> Order:
     if p <= 0:
         raise OrderError(f"p = {p} is not positive; the matrices of a 2-D block need p = 4")
     if isinstance(p, float):
@@ -49,7 +56,7 @@ def as_order(p: float | Rational) -> Order:
                 f"p = {p!r} is no fraction with terms up to {LARGEST_TERM}; pass such a Fraction"
             )
     else:
-        order = Fraction(p)
+        order = p
     if not 0 < order.numerator <= LARGEST_TERM or order.denominator > LARGEST_TERM:
         raise OrderError(f"p = {p} has a term beyond {LARGEST_TERM}; use a nearby simpler fraction")
     return Order(order.numerator, order.denominator)

@@ -27,27 +27,29 @@ def unscale(
 
     Beyond `FULL_UP_TO` rows only the upper triangles of root_BNN are read. The result has both.
     """
-    out_BNN = np.empty(root_BNN.shape, dtype)
+    out_BNN = root_BNN.astype(dtype)  # as they are in most cases: of no scale to put back
     errors: dict[int, RangeError] = {}
+    # Elements below the normal range are rounded to a fixed step; n^2 of these errors must stay small beside
+    # the largest.
+    lowest = _LOG2_TINY[dtype] + math.log2(2 * root_BNN.shape[1])
     # The largest element of a positive semi-definite matrix stands on its diagonal.
     top_B = np.diagonal(root_BNN, axis1=1, axis2=2).max(axis=1).tolist()
     for i, (top, exponent) in enumerate(zip(top_B, exponents, strict=True)):
         shift = exponent * order.exponent
-        if top > 0 and not _LOG2_TINY[dtype] <= math.log2(top) + shift < _LIMITS[dtype].maxexp:
+        if top > 0 and not lowest <= math.log2(top) + shift < _LIMITS[dtype].maxexp:
             decades = (math.log2(top) + shift) * math.log10(2.0)
             way_out = "ask for float64" if dtype == np.float32 else "rescale the statistics"
             errors[i] = RangeError(
                 f"the root's largest element, 1e{decades:.1f}, is out of the range of {dtype}; {way_out}"
             )
             continue
+        if shift == 0.0:
+            continue
         root_NN = root_BNN[i]
         if abs(shift) > _LARGEST_SHIFT:
             shift /= 2.0
             root_NN = root_NN * 2.0**shift
-        if shift == 0.0:
-            np.copyto(out_BNN[i], root_NN, casting="same_kind")
-        else:
-            np.multiply(root_NN, 2.0**shift, out=out_BNN[i], casting="same_kind")
+        np.multiply(root_NN, 2.0**shift, out=out_BNN[i], casting="same_kind")
     if root_BNN.shape[1] > FULL_UP_TO:
         mirror_upper(out_BNN)
     return out_BNN, errors

@@ -202,6 +202,34 @@ def test_batch_keeps_errors_in_place():
     assert inverse_roots(np.zeros((0, 3, 3)), 4) == []
 
 
+def test_float32_roots_whose_elements_would_lose_digits_are_refused():
+    factor = np.random.default_rng(0).standard_normal((24, 48))
+    matrix = factor @ factor.T
+    top = inverse_root(matrix, 0.5, dtype=np.float64).matrix.max()
+
+    def near(times):
+        """The matrix whose root's largest element is so many times the least normal number."""
+        return matrix * np.sqrt(top / (times * np.finfo(np.float32).tiny))
+
+    with pytest.raises(RangeError, match="float64"):
+        inverse_root(near(1.1), 0.5)
+    exact = inverse_root(near(50), 0.5, dtype=np.float64).matrix
+    error = np.linalg.norm(inverse_root(near(50), 0.5).matrix.astype(np.float64) - exact)
+    assert error <= np.finfo(np.float32).eps * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("n", [3, 40, 150])
+def test_an_eigenbasis_is_its_owners(n):
+    first, second = (np.diag(np.arange(1.0, n + 1) * sign**2) for sign in (1, 2))
+    second[0, 1] = second[1, 0] = 0.5
+    basis = eigenbasis(first)
+    values, vectors = basis.values.copy(), basis.vectors.copy()
+    eigenbasis(second)
+    inverse_root(second, 4)
+    np.testing.assert_array_equal(basis.values, values)
+    np.testing.assert_array_equal(basis.vectors, vectors)
+
+
 def test_eigenbasis():
     matrix = wishart(50)
     basis = eigenbasis(matrix)
