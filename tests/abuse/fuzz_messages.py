@@ -224,7 +224,7 @@ class Handlers:
         server = _Collector()
         add_to(server, service, WaitingRoom(4, 60.0))
         self._generic = server.handler
-        self._token = BearerToken(lambda: policy, lambda _: None)
+        self._token = BearerToken(lambda: policy)
         self.ended: Counter[str] = Counter()
 
     async def run(self, script: Sequence[Step]) -> None:

@@ -110,6 +110,8 @@ class Outcome:
         rss_before, rss_peak: of the service's process, bytes.
         alone, attacked: of the honest job's refreshes before and during the attack, seconds.
         samples: refreshes during the attack.
+        fair_share: of its refreshes alone, while a program that asks nothing of the service takes the other
+            half of two processors, seconds; 0: not measured.
         faults: why the verdict is no; empty if it is yes.
     """
 
@@ -121,10 +123,15 @@ class Outcome:
     attacked: float
     samples: int
     faults: list[str]
+    fair_share: float = 0.0
 
     @property
     def slowdown(self) -> float:
         return self.attacked / self.alone
+
+    @property
+    def slowdown_of_share(self) -> float:
+        return self.attacked / self.fair_share
 
 
 def measure(
@@ -133,6 +140,7 @@ def measure(
     cases: Sequence[Case],
     seconds: float,
     scale: Mapping[Case, float] | None = None,
+    fair_share: bool = False,
 ) -> list[Outcome]:
     """Attack the service in these ways at once; raise nothing that a verdict can say.
 
@@ -142,6 +150,8 @@ def measure(
         cases: one after the other gives each its own figures.
         seconds: of the attack.
         scale: parts of the cases' full sizes.
+        fair_share: measure what the honest job has left of a machine that somebody else half fills, too.
+            Verdicts of cases with ``shares`` take it into account.
     """
     assert service.process is not None
     honest.refresh()
@@ -160,13 +170,23 @@ def measure(
     after = _serves_after(service)
     alone += honest.refreshes(seconds / 2)
     medians = numbers.median(alone), numbers.median(during)
+    share = _at_fair_share(honest, seconds) if fair_share else 0.0
     return [
-        _judged(
-            Outcome(case, saw, memory.before, memory.peak, *medians, len(during), [*after]),
+        judged(
+            Outcome(case, saw, memory.before, memory.peak, *medians, len(during), [*after], share),
             service.log,
         )
         for case, saw in zip(cases, seen, strict=True)
     ]
+
+
+def _at_fair_share(honest: HonestJob, seconds: float) -> float:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        return numbers.median(honest.refreshes(seconds))
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 def _attacker(service: ServiceProcess, case: Case, seconds: float, size: int) -> subprocess.Popen[str]:
@@ -181,7 +201,8 @@ def _attacker(service: ServiceProcess, case: Case, seconds: float, size: int) ->
     )  # fmt: skip
 
 
-def _judged(outcome: Outcome, log: str) -> Outcome:
+def judged(outcome: Outcome, log: str) -> Outcome:
+    """The outcome with its faults, of which ``log`` of the service may show one."""
     case, faults = outcome.case, outcome.faults
     if missing := [name for name in case.expected if not outcome.saw.get(name)]:
         faults.append(f"not seen: {', '.join(missing)}")
@@ -191,6 +212,8 @@ def _judged(outcome: Outcome, log: str) -> Outcome:
         faults.append(f"{outcome.rss_peak // MIB} MiB resident")
     if outcome.slowdown > SLOWDOWN:
         faults.append(f"the other job is {outcome.slowdown:.2f} times slower")
+    if case.shares and outcome.fair_share and outcome.slowdown_of_share > SLOWDOWN:
+        faults.append(f"the other job is {outcome.slowdown_of_share:.2f} times slower than at its fair share")
     if "Traceback" in log:
         faults.append("a traceback in the log")
     return outcome

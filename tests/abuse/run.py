@@ -26,19 +26,25 @@ def main() -> int:
         honest = HonestJob(service)
         outcomes: list[Outcome] = []
         for case in chosen:
-            outcomes += measure(service, honest, [case], options.seconds)
+            outcomes += measure(service, honest, [case], options.seconds, fair_share=True)
             if sys.stderr.isatty():
                 print(case.name, file=sys.stderr)
-    Console(width=150).print(table(outcomes))
+    Console(width=170).print(table(outcomes))
     return 1 if any(outcome.faults for outcome in outcomes) else 0
 
 
 def table(outcomes: list[Outcome]) -> Table:
     made = Table(
         title=f"budget {BUDGET // MIB} MiB; resident memory may be {(BUDGET + ALLOWANCE) // MIB} MiB; "
-        "turnaround of another job's block of (512, 512), median"
+        "turnaround of another job's block of (512, 512), median",
+        caption="Share: the turnaround alone, while a program that asks nothing of the service takes one of "
+        "two processors. The ratio to it is judged, beside the other, of the attack that works the workers "
+        "as a job may.",
     )
-    for name in ("attack", "seen", "RSS before / peak", "turnaround alone / attacked", "ratio", "verdict"):
+    for name in (
+        *("attack", "seen", "RSS before / peak", "turnaround alone / attacked", "ratio"),
+        *("share", "ratio to share", "verdict"),
+    ):
         made.add_column(name)
     for outcome in outcomes:
         made.add_row(
@@ -47,6 +53,8 @@ def table(outcomes: list[Outcome]) -> Table:
             f"{outcome.rss_before // MIB} / {outcome.rss_peak // MIB} MiB",
             f"{outcome.alone * 1e3:.0f} / {outcome.attacked * 1e3:.0f} ms ({outcome.samples})",
             f"{outcome.slowdown:.2f}",
+            f"{outcome.fair_share * 1e3:.0f} ms",
+            f"{outcome.slowdown_of_share:.2f}",
             "; ".join(outcome.faults) or "holds",
         )
     return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 import attacks
 import pytest
 from cases import CASES
-from measure import SETTINGS, HonestJob, measure
+from measure import MIB, SETTINGS, HonestJob, Outcome, judged, measure
 
 from service_process import ServiceProcess
 
@@ -33,3 +33,28 @@ def test_attacks_are_refused_within_the_memory_and_others_are_served(attacked, c
     for outcome in measure(*attacked, cases, 2.0, scale):
         assert not [fault for fault in outcome.faults if "slower" not in fault], outcome
         assert outcome.samples >= 3
+
+
+@pytest.mark.parametrize(
+    ("attack", "alone", "fair_share", "faults"),
+    [
+        (attacks.snapshot_floods, 0.06, 0.05, ["the other job is 2.20 times slower than at its fair share"]),
+        (attacks.snapshot_floods, 0.06, 0.06, []),
+        (
+            attacks.snapshot_floods,
+            0.05,
+            0.04,
+            [
+                "the other job is 2.20 times slower",
+                "the other job is 2.75 times slower than at its fair share",
+            ],
+        ),
+        (attacks.status_calls, 0.06, 0.05, []),
+    ],
+)
+def test_beside_a_job_that_floods_the_other_is_judged_by_its_fair_share_too(
+    attack, alone, fair_share, faults
+):
+    case = next(case for case in CASES if case.attack is attack)
+    saw = dict.fromkeys(case.expected, 1)
+    assert judged(Outcome(case, saw, MIB, MIB, alone, 0.11, 9, [], fair_share), "").faults == faults

@@ -43,7 +43,7 @@ def test_a_killed_service_costs_no_step_time_and_versions_arrive_again(service, 
 @pytest.mark.timeout(180)
 def test_a_frozen_service_costs_no_step_time_within_the_bound(service, training, report):
     training.until_adopted(12)
-    before = training.for_seconds(10)
+    before = training.for_seconds(20)
     service.freeze()
     during = training.for_seconds(20)
     service.thaw()

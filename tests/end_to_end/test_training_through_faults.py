@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 from torch import nn
@@ -47,12 +48,23 @@ def test_waiting_ends_when_the_service_is_back(service):
         service.freeze()
         thawed = []
 
+        def thaw_when_it_waits():
+            steps = None
+            while steps != len(training.seconds):
+                steps = len(training.seconds)
+                time.sleep(3.0)
+            thawed.append(True)
+            service.thaw()
+
         # The training thread itself is the one that waits.
-        timer = threading.Timer(3.0, lambda: (service.thaw(), thawed.append(True)))
-        timer.start()
-        training.until(lambda: training.optimizer.metrics()["waits"] > 0)
+        thawing = threading.Thread(target=thaw_when_it_waits)
+        thawing.start()
+        try:
+            training.until(lambda: training.optimizer.metrics()["waits"] > 0)
+            assert thawed
+        finally:
+            thawing.join()
         metrics = training.optimizer.metrics()
-        assert thawed
         assert metrics["wait_timeouts"] == 0
         assert metrics["age_max"] <= 30
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,8 @@ from fault_stage import Stage
 from service_process import ServiceProcess, wait_for
 
 REPORT = pytest.StashKey[FaultReport]()
+ROWS_BEFORE = pytest.StashKey[int]()
+LONG = "part of the whole catalogue: make faults"
 
 
 def pytest_configure(config):
@@ -22,10 +25,29 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--whole-catalogue"):
         return
-    long = pytest.mark.skip(reason="part of the whole catalogue: make faults")
+    long = pytest.mark.skip(reason=LONG)
     for item in items:
         if item.get_closest_marker("long_form"):
             item.add_marker(long)
+
+
+def pytest_runtest_setup(item):
+    item.stash[ROWS_BEFORE] = len(item.config.stash[REPORT].records)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What was not injected, and what went wrong beside a row, stands in the table too."""
+    report = item.config.stash[REPORT]
+    outcome = yield
+    if outcome.skipped:
+        _, _, why = outcome.longrepr
+        if LONG not in why:
+            report.not_injected(item.name, why.removeprefix("Skipped: "), failed=False)
+    elif outcome.failed and not any(row.violations for row in report.records[item.stash[ROWS_BEFORE] :]):
+        why = str(call.excinfo.value).partition("\n")[0][:200]
+        report.not_injected(item.name, f"in {call.when}, {call.excinfo.typename}: {why}", failed=True)
+    return outcome
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -69,15 +91,20 @@ def stage(_stage) -> Stage:
 @pytest.fixture(scope="session", autouse=True)
 def nobody_left_behind():
     """What was started has ended when all is over, services and Ray's processes among it."""
+    # It is the interpreter's own, begins with the first process of multiprocessing and ends with pytest.
+    resource_tracker.ensure_running()
     me = psutil.Process()
     before = {process.pid for process in me.children(recursive=True)}
     yield
 
-    def gone():
-        return not [
+    def left():
+        return [
             process
             for process in me.children(recursive=True)
             if process.pid not in before and process.status() != psutil.STATUS_ZOMBIE
         ]
 
-    wait_for(gone, timeout=30, what="the end of every process that was started")
+    try:
+        wait_for(lambda: not left(), timeout=30, what="the end of every process that was started")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {[(process.pid, process.cmdline()) for process in left()]}") from None

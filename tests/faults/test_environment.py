@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +23,10 @@ from service_process import ServiceProcess
 from small_training import Training
 from step_times import check_step_times
 from trainer_process import TrainerProcess
+from wall_clock import COMPILER, DAY, Clock
 
 FRESH = 10.0
 NO_DISK = why_no_small_disk()
-DAY = 86_400
-HELPERS = Path(loaded_data.__file__).parent
 
 
 @pytest.fixture
@@ -57,27 +55,8 @@ def test_no_duration_is_taken_from_the_wall_clock(package):
     assert found <= allowed
 
 
-class Clock:
-    """The wall clock of those who have ``environment``; their monotonic clock is the real one."""
-
-    def __init__(self, folder):
-        library, self._path = folder / "wall_clock.so", folder / "ahead"
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-o", library, HELPERS / "wall_clock.c", "-ldl"],
-            check=True, timeout=60,
-        )  # fmt: skip
-        self.set(0)
-        self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_FILE": str(self._path)}
-
-    def set(self, ahead):
-        """Seconds ahead of the real one."""
-        part = self._path.with_suffix(".part")
-        part.write_text(f"{ahead}\n")
-        part.replace(self._path)
-
-
 @pytest.mark.long_form
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to make another clock with")
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to make another clock with")
 def test_the_clock_jumps(tmp_path, histories, fault_report):
     clock = Clock(tmp_path)
     with (
@@ -92,6 +71,7 @@ def test_the_clock_jumps(tmp_path, histories, fault_report):
                 before = trainer.for_seconds(3)
                 clock.set(ahead)
                 fault.injected("a preloaded clock")
+                fault.nothing_to_notice()
                 during = trainer.for_seconds(5)
                 until_fresh(trainer)
                 fault.recovered("every block has new versions", within=5 + FRESH)
@@ -102,6 +82,8 @@ def test_the_clock_jumps(tmp_path, histories, fault_report):
             fault.injected("a preloaded clock, SIGKILL")
             service.kill()
             clock.set(-2 * DAY)
+            trainer.until(lambda: not trainer.metrics["connected"], what="the broken stream")
+            fault.detected("the trainer's stream broke")
             service.start()
             fault.lifted()
             trainer.until(lambda: trainer.metrics["connections"] == 2)
@@ -111,20 +93,21 @@ def test_the_clock_jumps(tmp_path, histories, fault_report):
 
 
 @pytest.mark.long_form
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to make another clock with")
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to make another clock with")
 def test_a_trainer_restarted_after_the_clock_was_set_back(tmp_path, histories, fault_report):
     clock = Clock(tmp_path)
     with ServiceProcess(arguments=histories.service()) as service:
 
-        def trainer():
+        def trainer(seed):
             return TrainerProcess(
                 service.address,
+                seed=seed,
                 environment=clock.environment,
                 connection={"job": "restarted", **histories.trainer()},
             )
 
         with fault_report.fault("the clock is set back, and the trainer restarted") as fault:
-            first = trainer()
+            first = trainer(seed=0)
             try:
                 until_fresh(first)
                 first.process.kill()
@@ -132,7 +115,8 @@ def test_a_trainer_restarted_after_the_clock_was_set_back(tmp_path, histories, f
                 first.close()
             clock.set(-DAY)
             fault.injected("a day; the same job, without a checkpoint")
-            with trainer() as second:
+            fault.nothing_to_notice()
+            with trainer(seed=1) as second:
                 until_fresh(second)
                 fault.recovered("every block has versions", within=60)
                 assert second.metrics["epoch"] > first.metrics["epoch"]
@@ -142,15 +126,18 @@ def test_a_trainer_restarted_after_the_clock_was_set_back(tmp_path, histories, f
 # -- the disk ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.long_form
 def test_logs_and_histories_that_cannot_be_written(fault_report):
     """Nothing written to /dev/full stays."""
+    service = ServiceProcess(arguments=["--history-file=/dev/full"], log="/dev/full")
     with (
         fault_report.fault("no room for logs and histories (/dev/full)") as fault,
-        ServiceProcess(arguments=["--history-file=/dev/full"], log="/dev/full") as service,
         TrainerProcess(service.address, connection={"history_file": "/dev/full"}) as trainer,
+        service,
     ):
         fault.injected("from the start, in trainer and service")
+        fault.cannot_be_judged("no history can be written")
+        trainer.until(lambda: any("/dev/full" in line for line in trainer.errors), what="the warning")
+        fault.detected("one warning")
         before = until_fresh(trainer)
         during = trainer.for_seconds(2)
         until_fresh(trainer)
@@ -158,7 +145,6 @@ def test_logs_and_histories_that_cannot_be_written(fault_report):
         warnings = [line for line in trainer.errors if "/dev/full" in line]
         assert len(warnings) == 1, trainer.errors
         assert "No space left on device" in warnings[0]
-        fault.detected("one warning")
         check_step_times(fault, before, during)
 
 
@@ -184,10 +170,13 @@ def test_the_disk_fills_up(fault_report):
             before = trainer.for_seconds(3)
             disk.fill()
             fault.injected("not a byte is free")
-            during = trainer.for_seconds(5)
+            during = trainer.until(
+                lambda: any("No space left" in line for line in trainer.errors), what="the warning"
+            )
+            fault.detected("one warning")
+            during += trainer.for_seconds(5)
             until_fresh(trainer)
             assert len([line for line in trainer.errors if "No space left" in line]) == 1, trainer.errors
-            fault.detected("one warning")
             disk.free()
             fault.lifted()
             until_fresh(trainer)
@@ -200,6 +189,7 @@ def test_the_disk_fills_up(fault_report):
                 if e.kind is Kind.RECORDER_LOST
             ]
             assert lost, "what could not be written is counted"
+            histories.judge(fault)
 
 
 @pytest.mark.long_form
@@ -208,6 +198,7 @@ def test_results_that_cannot_be_saved(fault_report):
     with SmallDisk() as disk, fault_report.fault("the disk of a run's results is full") as fault:
         disk.fill()
         fault.injected("before the run")
+        fault.cannot_be_judged("no service takes part")
         finished = subprocess.run(
             [sys.executable, "-m", "preconditioner_worker.cli", "train", "--workload", "digits",
              "--optimizer", "adamw", "--steps", "2", "--evaluate-every", "1"],
@@ -225,7 +216,7 @@ def test_results_that_cannot_be_saved(fault_report):
 @pytest.fixture(scope="module")
 def training(_stage):
     _stage.set()
-    training = Training(_stage.service.address, _stage.histories.trainer())
+    training = Training(_stage.service.address, _stage.histories.trainer(), seed=_stage.seed())
     training.until_fresh()
     yield training
     training.optimizer.close()
@@ -253,6 +244,7 @@ def test_dataloader_workers(training, parent_is_well, fault_report, monkeypatch,
         monkeypatch.setattr(loaded_data, "inherited", training.optimizer)
     with fault_report.fault(f"DataLoader workers by {method} after connect") as fault:
         fault.injected("2 epochs with 2 workers each, while snapshots travel")
+        fault.nothing_to_notice()
         pids = set()
         for _ in range(2):
             batches = iter(DataLoader(loaded_data.Pids(), num_workers=2, multiprocessing_context=method))
@@ -278,6 +270,7 @@ def test_a_forked_child_that_trains(training, parent_is_well, fault_report, capf
         for child in children:
             child.start()
         fault.injected("3 children step and close it")
+        fault.nothing_to_notice()
         for _ in itertools.takewhile(
             lambda _: any(child.is_alive() for child in children), itertools.count()
         ):

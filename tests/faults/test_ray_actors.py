@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from fault_stage import BACK, LARGE
+from histories import OF_A_SERVICE, Histories
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from raw_trainer import RawTrainer, expected_root, manifest, open_request, statistics
 from service_process import TOKEN, ServiceProcess, wait_for
@@ -19,8 +20,14 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def matrix():
+def large():
     return statistics(LARGE)
+
+
+@pytest.fixture
+def matrix(large, stage):
+    """Of this test alone: were those of two jobs the same, none that crossed would show."""
+    return large * (1 + stage.seed())
 
 
 def test_killed_mid_root(stage, fault_report):
@@ -42,21 +49,29 @@ def test_killed_mid_root(stage, fault_report):
 
 
 @pytest.mark.long_form
-def test_killed_while_idle(fault_report):
+def test_killed_while_idle(fault_report, tmp_path):
     """Whoever is dead already is not held against the block that comes next, though one death is too many."""
+    histories = Histories(tmp_path)
     with (
         fault_report.fault("idle actor killed") as fault,
-        ServiceProcess(arguments=["--quarantine-after=1"]) as service,
+        ServiceProcess(arguments=["--quarantine-after=1", *histories.service()]) as service,
+        contextlib.closing(histories.recorder()) as recorder,
     ):
-        raw = RawTrainer(service.address, TOKEN)
+        raw = RawTrainer(service.address, TOKEN, recorder)
         raw.open(open_request("late", manifest((32,))))
         stream = raw.attach()
         fault.injected("SIGKILL of an actor without work, and a block right after it")
         service.actors()[0].kill()
         stream.snapshot(0, 1, statistics(32))
+        wait_for(lambda: "worker lost" in service.log, what="the news of the actor's death")
+        fault.detected("the service logs the lost worker")
         stream.until(lambda: stream.nacks or stream.arrived)
         assert stream.versions() == [(0, 1)]
         fault.recovered("computed by a new actor, in no quarantine", within=BACK)
+        service.signal(signal.SIGTERM)  # what it does not say afterwards is no mere delay
+        assert service.process.wait(30) == 0
+        recorder.flush()
+        histories.judge(fault, seen=OF_A_SERVICE)
 
 
 @pytest.mark.long_form
@@ -71,9 +86,14 @@ def test_a_block_that_kills_its_actors(stage, fault_report, matrix):
         while not stream.nacks:
             # Small blocks before it take milliseconds: what is in flight for longer is this one.
             if stage.computes("poison", 0.3):
+                deaths = stage.service.log.count("worker lost")
                 stage.actor().kill()
                 killed += 1
-                wait_for(lambda: stage.workers() == 0 or stream.nacks, what="the news of it")
+                # Ray may have it back before anybody can see the service count none.
+                wait_for(
+                    lambda before=deaths: stage.service.log.count("worker lost") > before or stream.nacks,
+                    what="the news of it",
+                )
         fault.detected(f"quarantined with a NACK after {killed} deaths")
         (nack,) = stream.nacks
         assert (nack.block, nack.step, nack.reason) == (0, 1, pb.NACK_REASON_WORKER_LOST)

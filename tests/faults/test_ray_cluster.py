@@ -92,7 +92,6 @@ def test_the_head_is_lost_and_comes_back(stage, fault_report):
         check_step_times(fault, before, during)
         # A supervisor would try meanwhile too, and be told why it cannot.
         stage.cluster.start_head(2)
-        stage.service.arguments[:2] = ["--ray-address", stage.cluster.address]
         stage.service.start()
         fault.lifted()
         until_fresh(stage.trainer)

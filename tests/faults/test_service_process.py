@@ -8,11 +8,15 @@ import grpc
 import pytest
 
 from fault_stage import BACK, LARGE, until_fresh
+from preconditioner_protos.history import Kind
 from preconditioner_service.ray_link import PATIENCE
 from preconditioner_worker.faults.proxy import Way
 from raw_trainer import manifest, open_request, statistics
 from service_process import wait_for
 from step_times import check_step_times
+
+NOTICED = 35.0
+"""Seconds: keepalive asks after 20 and gives up 10 later."""
 
 
 def test_killed_mid_chunk(stage, fault_report):
@@ -32,7 +36,7 @@ def test_killed_mid_chunk(stage, fault_report):
 def test_killed_between_chunks(stage, fault_report):
     with fault_report.fault("service killed between chunks") as fault:
         before = stage.trainer.for_seconds(2)
-        matrix = statistics(LARGE)
+        matrix = statistics(LARGE, seed=stage.seed())
         _, stream = stage.large("large")
         stream.snapshot_messages(0, 1, matrix, messages=1)
         fault.injected("SIGKILL when the first of three messages of a block had come")
@@ -70,17 +74,22 @@ def test_restarted_with_an_empty_state(stage, fault_report):
         stage.back(fault)
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    # Keepalive breaks the stream of a service that is silent for half a minute.
-    [3, pytest.param(40, marks=pytest.mark.long_form)],
-)
+@pytest.mark.parametrize("seconds", [3, pytest.param(40, marks=pytest.mark.long_form)])
 def test_frozen(stage, fault_report, seconds):
     with fault_report.fault(f"service frozen for {seconds} s") as fault:
         before = stage.trainer.for_seconds(2)
         fault.injected("SIGSTOP of the server")
         stage.service.freeze()
-        during = stage.trainer.for_seconds(seconds)
+        if seconds > NOTICED:
+            during = stage.trainer.until(
+                lambda: not stage.trainer.metrics["connected"], NOTICED, "the trainer's notice"
+            )
+            noticed = fault.detected("keepalive broke the trainer's stream")
+            assert noticed <= NOTICED
+            during += stage.trainer.for_seconds(seconds - noticed)
+        else:
+            fault.nothing_to_notice()
+            during = stage.trainer.for_seconds(seconds)
         stage.service.thaw()
         fault.lifted()
         until_fresh(stage.trainer)
@@ -97,7 +106,7 @@ def test_drained_under_load(stage, fault_report):
         count = 24
         raw.open(open_request("loaded", manifest(*[(512,)] * count)))
         stream = raw.attach()
-        matrix = statistics(512)
+        matrix = statistics(512, seed=stage.seed())
         for block in range(count):
             stream.snapshot(block, 1, matrix)
         stream.until(lambda: len(stream.receipts) == count)
@@ -113,7 +122,9 @@ def test_drained_under_load(stage, fault_report):
         assert all(newest.get(block, 0) >= step for block, step in stream.receipts)
         assert stage.service.process.wait(30) == 0
         stage.lost(fault, before)
-        stage.back(fault)
+        report = stage.back(fault)
+        drained = [event for event in report.history.events if event.kind is Kind.DRAIN_ENDED]
+        assert drained[-1].data["complete"], "the rule looks at drains that were finished"
 
 
 @pytest.mark.long_form

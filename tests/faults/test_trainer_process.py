@@ -1,4 +1,4 @@
-"""The trainer's process dies and comes back at an older step, or does not know that it was replaced."""
+"""The trainer's process dies and comes back at an older step, is replaced, or has its clock set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from fault_stage import until_fresh
 from raw_trainer import manifest, open_request
 from service_process import wait_for
+from step_times import check_step_times
 from trainer_process import TrainerProcess
+from wall_clock import COMPILER, DAY, Clock
 
 BACK = 20.0
 """Seconds from the first step of a new trainer to a version of every block."""
@@ -24,7 +26,10 @@ def start(stage):
     def starter(job, **options):
         trainers.append(
             TrainerProcess(
-                stage.service.address, connection={**stage.histories.trainer(), "job": job}, **options
+                stage.service.address,
+                connection={**stage.histories.trainer(), "job": job},
+                seed=stage.seed(),
+                **options,
             )
         )
         return trainers[-1]
@@ -45,9 +50,12 @@ def test_killed_and_resumed_at_an_older_step(stage, start, fault_report, tmp_pat
             lambda: first.metrics["step"] > 20 and first.metrics["step"] % 20 > 10,
             what="a step behind its checkpoint",
         )
+        seen = stage.service.log.count("stream detached")
         fault.injected("SIGKILL between two checkpoints")
         first.process.kill()
         first.process.wait(10)
+        wait_for(lambda: stage.service.log.count("stream detached") > seen, what="the service's notice")
+        fault.detected("the service logs the broken stream")
         second = start("resumed", checkpoint=checkpoint)
         second.until(lambda: second.steps, what="the first step")
         assert second.steps[0].metrics["step"] < first.metrics["step"]
@@ -85,4 +93,30 @@ def test_a_zombie_is_fenced(stage, start, fault_report):
         assert sum("taken over" in line for line in old.errors) == 1
         old.close()
         new.close()
+        stage.judge(fault)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to make another clock with")
+def test_the_clock_of_a_trainer_jumps(stage, tmp_path, fault_report):
+    clock = Clock(tmp_path)
+    with (
+        TrainerProcess(
+            stage.service.address,
+            environment=clock.environment,
+            connection=stage.histories.trainer(),
+            seed=stage.seed(),
+        ) as trainer,
+        fault_report.fault("the clock of a trainer alone jumps forward by a day, and back by two") as fault,
+    ):
+        before = until_fresh(trainer)
+        clock.set(DAY)
+        fault.injected("a preloaded clock")
+        fault.nothing_to_notice()
+        during = until_fresh(trainer)
+        clock.set(-DAY)
+        fault.lifted()
+        during += until_fresh(trainer)
+        fault.recovered("every block has new versions", within=10.0)
+        assert trainer.metrics["connections"] == 1
+        check_step_times(fault, before, during)
         stage.judge(fault)

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from preconditioner_worker import bench_outage
+from preconditioner_worker.bench_outage import OutageBenchmark, Window
 from preconditioner_worker.cli import main
 
 
@@ -23,6 +25,9 @@ def test_the_command_prints_what_an_outage_costs(tmp_path, capsys):
             "3",
             "--how",
             "freeze",
+            # Three seconds beside other tests say nothing about a percentile.
+            "--bound",
+            "1000",
             "--json",
             str(target),
         ]
@@ -35,4 +40,36 @@ def test_the_command_prints_what_an_outage_costs(tmp_path, capsys):
     assert result["waits"] == 0
     assert 0 < result["age_max"] <= result["max_staleness"]
     assert result["seconds_to_fresh"] < 60
-    assert "p99 during / before" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "p99 during / before" in said
+    assert said.endswith("holds")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "waits", "options", "verdict"),
+    [
+        (1.05, 0, [], "holds"),
+        (1.06, 0, [], "does not hold: the steps' p99 during / before is 1.06, the bound is 1.05"),
+        (1.06, 0, ["--bound", "1.1"], "holds"),
+        (0.9, 3, [], "does not hold: 3 steps waited"),
+        (float("nan"), 0, [], "does not hold: the steps' p99 during / before is nan, the bound is 1.05"),
+    ],
+)
+def test_the_verdict_is_told_by_the_exit_status(
+    monkeypatch, tmp_path, capsys, ratio, waits, options, verdict
+):
+    window = Window(name="before", steps=20, median_ms=1.0, p99_ms=2.0, slowest_ms=2.0)
+    result = OutageBenchmark(
+        workload="digits", how="kill", seconds=60, torch="", threads=1, windows=[window], p99_ratio=ratio,
+        noise_ratio=1.0, waits=waits, max_staleness=100, age_max=3, seconds_to_fresh=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(bench_outage, "benchmark", lambda *_, **__: result)
+    target = tmp_path / "outage.json"
+    status = 0
+    try:
+        main(["bench", "outage", "--workload", "digits", "--json", str(target), *options])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == (verdict != "holds")
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+    assert target.exists(), "a result that does not hold is kept, too"

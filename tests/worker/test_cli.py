@@ -91,7 +91,7 @@ def test_missing_extras_are_named(monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", without)
     message = refused(capsys, "train")
-    assert "pydantic_settings is not installed; pip install 'async-preconditioner[worker]'" in message
+    assert "pydantic_settings is not installed; install async-preconditioner[worker] from" in message
 
 
 def test_help_of_every_command(capsys):

@@ -18,7 +18,7 @@ APART = {
     *(
         f"preconditioner_client.{module}"
         for module in ("announcement", "checkpoint", "closures", "connect", "consolidation", "memory",
-                       "recording", "service_config", "service_exchange")
+                       "options", "recording", "service_config", "service_exchange")
     ),
     *(
         f"preconditioner_worker.{module}"

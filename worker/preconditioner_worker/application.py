@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from preconditioner_worker.bench_commands import Bench
-from preconditioner_worker.commands import Compare, Demo, Train, Tune
+from preconditioner_worker.commands import Compare, Demo, Headline, Train, Tune
 from preconditioner_worker.faults.commands import CheckHistory, Soak
 from preconditioner_worker.large_batch.commands import LargeBatch
 from preconditioner_worker.rivals.commands import CurveballToys
@@ -66,6 +66,7 @@ class Application(BaseSettings):
     staleness: CliSubCommand[Staleness]
     large_batch: CliSubCommand[LargeBatch]
     curveball_toys: CliSubCommand[CurveballToys]
+    headline: CliSubCommand[Headline]
 
     @classmethod
     def settings_customise_sources(

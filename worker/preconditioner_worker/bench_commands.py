@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -80,13 +81,15 @@ class BenchOutage(BaseModel):
     """kill (SIGKILL, and started again) or freeze (SIGSTOP, and SIGCONT)."""
     max_staleness: PositiveInt = 100_000
     """The bound, which the outage must not exceed."""
+    bound: Annotated[float, Field(gt=0)] = 1.05
+    """The steps' 99th percentile during the outage may be so many times that before; no step may wait."""
     threads: PositiveInt = 1
     """Threads of torch."""
     json_file: Annotated[Path | None, Field(alias="json")] = None
     """Write the result to this file."""
 
     def cli_cmd(self) -> None:
-        """Measure, print, save."""
+        """Measure, print, save; the exit status is 1 if the outage cost the steps something."""
         torch.set_num_threads(self.threads)
         result = bench_outage.benchmark(
             open_workload(self.workload),
@@ -94,9 +97,14 @@ class BenchOutage(BaseModel):
             how=self.how,
             max_staleness=self.max_staleness,
         )
-        Console().print(bench_outage.table(result))
+        console = Console()
+        console.print(bench_outage.table(result))
+        found = bench_outage.shortcomings(result, self.bound)
+        console.print(f"does not hold: {'; '.join(found)}" if found else "holds", soft_wrap=True)
         if self.json_file is not None:
             bench_outage.save(result, self.json_file)
+        if found:
+            sys.exit(1)
 
 
 class Bench(BaseModel):

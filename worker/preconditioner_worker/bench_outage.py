@@ -201,6 +201,21 @@ def benchmark(workload: Workload, *, seconds: float, how: How, max_staleness: in
     )
 
 
+def shortcomings(result: OutageBenchmark, bound: float) -> list[str]:
+    """Why the outage did cost the steps something; empty if it did not.
+
+    Args:
+        result: of :func:`benchmark`.
+        bound: of the 99th percentile during the outage, as a multiple of that before.
+    """
+    found = []
+    if not result.p99_ratio <= bound:
+        found.append(f"the steps' p99 during / before is {result.p99_ratio:g}, the bound is {bound:g}")
+    if result.waits:
+        found.append(f"{result.waits} steps waited")
+    return found
+
+
 def table(result: OutageBenchmark) -> Table:
     """For people."""
     shown = Table(

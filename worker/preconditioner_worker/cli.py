@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-EXTRA = "pip install 'async-preconditioner[worker]'"
+EXTRA = "install async-preconditioner[worker] from its checkout or wheel"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,6 +28,7 @@ from preconditioner_worker.contenders import (
 from preconditioner_worker.demo import demonstrate
 from preconditioner_worker.experiments import RUNS, conclude, horizon, run_all, settle
 from preconditioner_worker.grids import GRIDS
+from preconditioner_worker.headline import write_headline
 from preconditioner_worker.optimizers import (
     AdagradSettings,
     AdamWSettings,
@@ -254,4 +255,19 @@ class Tune(Command):
         path = self.output or RUNS / "tune" / f"{self.workload}-{self.optimizer}.json"
         tuning = tune(grid, path, processes=self.processes, text=self.text, report=report)
         console.print(f"best: {tuning.best!r}\n{path}", highlight=False, soft_wrap=True)
+        return 0
+
+
+class Headline(Command):
+    """Published figures beside those of committed results, as Markdown; runs nothing."""
+
+    results: Path = Path("worker/results")
+    """Folder with demo/, compare/ and staleness/."""
+    output: Path | None = None
+    """Markdown file; null: README.md in the same folder."""
+
+    def run(self, console: Console) -> int:
+        """See :class:`Command`."""
+        path = write_headline(self.results, self.output or self.results / "README.md")
+        console.print(f"{path}", highlight=False, soft_wrap=True)
         return 0

@@ -116,9 +116,9 @@ class Shampoo2020Settings(OptimizerSettings):
     lengths, no average of the gradient, an EMA of the preconditioned updates, and a linear blend from the
     diagonal direction; which begins with a block's first version, not at a step.
 
-    Two things are the client's: each preconditioned gradient is grafted and then averaged, where the
-    published code averages them and grafts the average; and the average begins with the whole first update,
-    not with ``1 - mu`` of it.
+    Two things are the client's: each preconditioned gradient is grafted and then averaged, as in the
+    authors' later code for JAX, where that of 2020 averages them and grafts the average; and the average
+    begins with the whole first update, not with ``1 - mu`` of it.
     """
 
     name: Literal["shampoo-2020"] = "shampoo-2020"

@@ -36,6 +36,7 @@ class Job:
         token: of the service.
         seed: of its weights.
         lives: processes so far; every one has a history file of its own.
+        killed: ids of those that were killed as a fault; all others must end in order.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Job:
     token: str
     seed: int
     lives: int = 0
+    killed: set[int] = field(default_factory=set)
     _process: BaseProcess | None = None
     _zombies: list[BaseProcess] = field(default_factory=list)
 
@@ -91,9 +93,7 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL, without notice."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        self._kill(self._process)
 
     def leave_behind(self) -> None:
         """The process is a zombie from now on: the next life begins beside it."""
@@ -108,9 +108,7 @@ class Job:
     def end_zombies(self) -> None:
         """No more of them."""
         while self._zombies:
-            zombie = self._zombies.pop()
-            zombie.kill()
-            zombie.join()
+            self._kill(self._zombies.pop())
 
     def stop(self) -> None:
         """End in order, or hard if that takes too long."""
@@ -119,7 +117,17 @@ class Job:
             _send(self._process, signal.SIGCONT)
             _send(self._process, signal.SIGTERM)
             self._process.join(_END_SECONDS)
-            self.kill()
+            # Not as a fault: one that does not end by itself hangs, and the checker is to say so.
+            self._process.kill()
+            self._process.join()
+
+    def _kill(self, process: BaseProcess | None) -> None:
+        if process is None:
+            return
+        if process.pid is not None and process.is_alive():
+            self.killed.add(process.pid)
+        process.kill()
+        process.join()
 
     def _history(self, life: int) -> Path:
         return self.folder / f"{self.name}-{life}.jsonl"

@@ -48,7 +48,7 @@ class Soak(BaseModel):
         return folder
 
     def cli_cmd(self) -> None:
-        """Run, print, save; the exit status is 1 if a rule was broken."""
+        """Run, print, save; the exit status is 1 if a rule was broken or the verdict proves too little."""
         console = Console()
 
         def report(line: str) -> None:
@@ -60,7 +60,7 @@ class Soak(BaseModel):
         _say(console, result)
         if self.json_file is not None:
             write_text(self.json_file, json.dumps(result.as_json(), indent=1) + "\n")
-        if result.violations:
+        if result.violations or result.shortfalls:
             sys.exit(1)
 
 
@@ -73,8 +73,8 @@ class CheckHistory(BaseModel):
     """Files that history_file or --history-file named, of all trainers and services that belong together."""
     matrices: Path | None = None
     """Folder that history_matrices named: roots are computed again."""
-    roots: Annotated[int, Field(ge=0)] = 2000
-    """How many preconditioners are computed again at most."""
+    roots: Annotated[int | None, Field(ge=0)] = None
+    """How many preconditioners are computed again at most, spread evenly over the run; null: all."""
     step_factor: Annotated[float, Field(gt=0)] = 20.0
     """The 99th percentile of a job's steps is at most so many of its median steps, or --step-seconds."""
     step_seconds: Annotated[float, Field(gt=0)] = 0.25
@@ -135,12 +135,15 @@ def _list(console: Console, violations: list[str]) -> None:
 
 def _say(console: Console, result: Result) -> None:
     console.print(
-        f"{sum(result.faults.values())} faults in {result.seconds:.0f} s; {result.steps} steps, "
+        f"{sum(result.faults.values())} faults of {sum(map(bool, result.faults.values()))} kinds in "
+        f"{result.seconds:.0f} s; {result.steps} steps, "
         f"{result.waits} waits, {result.adopted} versions adopted, {result.roots_computed} roots computed "
         f"again, {sum(result.lives.values())} lives of {len(result.lives)} jobs",
         soft_wrap=True,
     )
     _list(console, result.violations)
+    for shortfall in result.shortfalls:
+        console.print(f"proves too little: {shortfall}", highlight=False, soft_wrap=True)
     if result.folder is not None:
         console.print(f"histories: {result.folder}", highlight=False, soft_wrap=True)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from preconditioner_protos.history import HistoryRecorder, Kind
+from preconditioner_protos.history import Event, HistoryError, HistoryRecorder, Kind
 from preconditioner_worker.faults.cast import Job
 from preconditioner_worker.faults.catalogue import CATALOGUE, Stage
 from preconditioner_worker.faults.proxy import Proxy
@@ -32,6 +33,12 @@ RECOVERY_SECONDS = 60.0
 """Within which every job must adopt a version again once all is healed.
 
 Keepalive finds a half-open connection after 30 s at most, and the pause before the next attempt is 5 s."""
+
+FAULTS_A_MINUTE = 10
+"""The least for a soak to count as one; on two cores there are about twice as many."""
+
+_OPENING_SECONDS = 30.0
+"""Within which a trainer that was just started opens its session: from then on its recovery is timed."""
 
 _SERVICE = "service"
 _SERVICE_PATIENCE = 3.0
@@ -55,7 +62,9 @@ class Result:
         looked_at: of every check how many things it held against its rule.
         holes: events that are known to be missing, other than a killed process's last.
         violations: what broke a rule.
-        folder: of the histories; None if they were removed: nothing was broken, and no folder was named.
+        shortfalls: why the absence of violations would prove too little.
+        folder: of the histories; None if they were removed: nothing was broken or fell short, and no folder
+            was named.
     """
 
     seed: int
@@ -69,6 +78,7 @@ class Result:
     looked_at: dict[str, int]
     holes: int
     violations: list[str] = field(default_factory=list)
+    shortfalls: list[str] = field(default_factory=list)
     folder: str | None = None
 
     def as_json(self) -> dict[str, object]:
@@ -88,11 +98,12 @@ def soak(
     Args:
         minutes: from the first fault to the last.
         seed: of the schedule.
-        folder: for histories and logs, kept whatever happens; None: a temporary one, kept on a violation.
+        folder: for histories and logs, kept whatever happens; None: a temporary one, kept on a violation
+            or a shortfall.
         report: told of every fault.
 
     Raises:
-        ServiceError: the service could not be started, or started again.
+        ServiceError: the service could not be started, or started again; or a trainer ended by itself.
     """
     place = Path(tempfile.mkdtemp(prefix="preconditioner-soak-")) if folder is None else folder
     place.mkdir(parents=True, exist_ok=True)
@@ -100,12 +111,33 @@ def soak(
     histories = [place / "service.jsonl", place / "faults.jsonl", *(h for job in jobs for h in job.histories)]
     judged = examine(
         [path for path in histories if path.exists()],
-        expectations=Expectations(matrices=place / "matrices", recovery_seconds=RECOVERY_SECONDS),
+        expectations=Expectations(
+            matrices=place / "matrices",
+            recovery_seconds=RECOVERY_SECONDS,
+            killed=frozenset().union(*(job.killed for job in jobs)),
+        ),
     )
-    kept = place if folder is not None or judged.violations else None
+    lacking = shortfalls(minutes, faults, judged.looked_at)
+    kept = place if folder is not None or judged.violations or lacking else None
     if kept is None:
         shutil.rmtree(place)
-    return _result(seed, seconds, faults, jobs, judged, kept)
+    return _result(seed, seconds, faults, jobs, judged, lacking, kept)
+
+
+def shortfalls(minutes: float, faults: Mapping[str, int], looked_at: Mapping[str, int]) -> list[str]:
+    """Why the verdict on a soak of so many minutes would prove too little; empty if it does not.
+
+    Args:
+        minutes: that were asked for.
+        faults: how many of each kind were injected.
+        looked_at: see :class:`Result`.
+    """
+    found = [f"check {check} looked at nothing" for check, count in looked_at.items() if not count]
+    if 0 < looked_at["recovery"] < len(JOBS):
+        found.append(f"check recovery looked at {looked_at['recovery']} of {len(JOBS)} jobs")
+    if (injected := sum(faults.values())) < FAULTS_A_MINUTE * minutes:
+        found.append(f"{injected} faults in {minutes:g} minutes; at least {FAULTS_A_MINUTE} a minute are due")
+    return found
 
 
 def _torment(
@@ -136,7 +168,8 @@ def _torment(
         counts = _inject(began + 60.0 * minutes, seed, service, jobs, recorder, report)
         seconds = time.monotonic() - began
         report("all is healed; versions must arrive again")
-        _until_all_adopt(jobs, RECOVERY_SECONDS)
+        # Longer than is allowed, so that the checker sees it exceeded.
+        _until_all_adopt(jobs, RECOVERY_SECONDS + _OPENING_SECONDS)
         # The service first, so that it drains under load.
         service.stop()
         for job in jobs:
@@ -185,8 +218,7 @@ def _play(planned: Planned, target: str, stage: Stage, recorder: HistoryRecorder
     if target == job.name:
         # A zombie has had its chance since the fault before.
         job.end_zombies()
-        if not job.alive():
-            raise ServiceError(f"job {job.name} ended by itself; see {job.folder / f'{job.name}.log'}")
+        _check_alive(job)
     about: dict[str, Any] = {
         "fault": planned.name,
         "target": target,
@@ -201,12 +233,14 @@ def _play(planned: Planned, target: str, stage: Stage, recorder: HistoryRecorder
 
 def _until_all_adopt(jobs: Sequence[Job], seconds: float) -> None:
     """Wait until every job has adopted once more; the checker judges if it does not."""
-    deadline = time.monotonic() + seconds
+    begin = time.monotonic()
     sizes = {job.name: _size(job.histories[-1]) for job in jobs}
     waiting = list(jobs)
-    while waiting and time.monotonic() < deadline:
+    while waiting and time.monotonic() < begin + seconds:
         time.sleep(0.2)
-        waiting = [job for job in waiting if not _adopted(job.histories[-1], sizes[job.name])]
+        for job in waiting:
+            _check_alive(job)
+        waiting = [job for job in waiting if not adopted_since(job.histories[-1], begin, sizes[job.name])]
     # So that the last of them is seen to go on.
     time.sleep(0.5)
 
@@ -215,16 +249,37 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _adopted(path: Path, offset: int) -> bool:
+def _check_alive(job: Job) -> None:
+    if not job.alive():
+        raise ServiceError(f"job {job.name} ended by itself; see {job.folder / f'{job.name}.log'}")
+
+
+def adopted_since(path: Path, begin: float, offset: int = 0) -> bool:
+    """Whether a history says from ``offset`` on that a version was adopted at ``begin`` or later.
+
+    Lines are written after what they tell, on a busy machine long after: their times count.
+    """
     if not path.exists():
         return False
     with path.open("rb") as file:
         file.seek(offset)
-        return Kind.ADOPTED.value.encode() in file.read()
+        lines = file.read().split(b"\n")
+    for line in lines:
+        # The first and the last may be parts of lines.
+        with contextlib.suppress(HistoryError):
+            if Kind.ADOPTED.value.encode() in line and Event.parse(line).at >= begin:
+                return True
+    return False
 
 
 def _result(
-    seed: int, seconds: float, faults: Counter[str], jobs: Sequence[Job], judged: Report, kept: Path | None
+    seed: int,
+    seconds: float,
+    faults: Counter[str],
+    jobs: Sequence[Job],
+    judged: Report,
+    lacking: list[str],
+    kept: Path | None,
 ) -> Result:
     kinds = Counter(event.kind for event in judged.history.events)
     return Result(
@@ -239,6 +294,7 @@ def _result(
         looked_at=judged.looked_at,
         holes=judged.history.holes,
         violations=[str(violation) for violation in judged.violations],
+        shortfalls=lacking,
         folder=None if kept is None else str(kept),
     )
 

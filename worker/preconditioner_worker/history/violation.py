@@ -38,7 +38,8 @@ class Expectations:
 
     Attributes:
         matrices: folder of the saved matrices; with it roots are computed again. None: digests alone.
-        roots: how many adopted preconditioners are computed again at most, spread evenly over the run.
+        roots: how many adopted preconditioners are computed again at most, spread evenly over the run; None:
+            all.
         step_percentile: of the durations of a process's steps (less the declared waits) that is bounded.
         step_count: least number of steps that have such a percentile.
         step_factor: the bound as a multiple of the process's median step...
@@ -49,10 +50,12 @@ class Expectations:
         service_rss: resident bytes that the service's process may have; None: not bounded.
         recovery_seconds: within so long after the last fault was healed every trainer that goes on training
             must adopt a version again; None: not asked for.
+        killed: process ids of the trainers that were killed: every other says that it closed. None: it is
+            not known which were.
     """
 
     matrices: Path | None = None
-    roots: int = 2000
+    roots: int | None = None
     step_percentile: float = 99.0
     step_count: int = 300
     step_factor: float = 20.0
@@ -62,3 +65,4 @@ class Expectations:
     unwritten_seconds: float = 10.0
     service_rss: int | None = None
     recovery_seconds: float | None = None
+    killed: frozenset[int] | None = None

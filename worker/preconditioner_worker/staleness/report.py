@@ -53,7 +53,8 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
         "grafting, exponent -1/4 per side of a matrix (-1/2 where the vocabulary is the other side), "
         f"momentum {settings.momentum}, directions blended in over {settings.blend_steps} steps from a "
         "block's first version on. In two things it is not as published: each preconditioned gradient is "
-        "grafted and then averaged, where the published code averages them and grafts the average; and the "
+        "grafted and then averaged, as in the authors' later code for JAX, where that of 2020 averages them "
+        "and grafts the average; and the "
         "average begins with the whole first update, not with 1 - momentum of it. One learning rate per "
         "optimizer, tuned at N = 1 alone; AdamW without weight decay, as Shampoo has none either.",
         "",

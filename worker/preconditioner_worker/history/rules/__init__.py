@@ -8,6 +8,7 @@ from preconditioner_worker.history.rules.acknowledged import check_acknowledged
 from preconditioner_worker.history.rules.adoption import check_adoption
 from preconditioner_worker.history.rules.ages import check_ages
 from preconditioner_worker.history.rules.diagonal import check_diagonal
+from preconditioner_worker.history.rules.endings import check_endings
 from preconditioner_worker.history.rules.epochs import check_epochs
 from preconditioner_worker.history.rules.jobs import check_jobs
 from preconditioner_worker.history.rules.memory import check_memory
@@ -21,6 +22,7 @@ from preconditioner_worker.history.rules.waits import check_waits
 CHECKS: Sequence[Callable[[Case], Findings]] = (
     check_waits,
     check_step_time,
+    check_endings,
     check_ages,
     check_recovery,
     check_diagonal,

@@ -14,7 +14,8 @@ def check_ages(case: Case) -> Findings:
     for life in case.lives:
         bound, policy = life.setting("max_staleness"), life.setting("policy")
         for event, state in replay(life):
-            if event.kind is not Kind.STEP_ENDED:
+            # Of a step that raised an error nobody knows what it applied, or whether its policy had its turn.
+            if event.kind is not Kind.STEP_ENDED or event.data.get("raised"):
                 continue
             assert event.step is not None  # by the format
             used = state.used if event.data["used"] is None else set(event.data["used"])

@@ -14,7 +14,9 @@ def check_recovery(case: Case) -> Findings:
     if allowed is None:
         return findings
     healed = max((event.at for event in case.faults), default=0.0)
-    newest = {(life.session.job, life.session.rank): life for life in case.lives}
+    # By epochs: a process that was replaced before it announced its session may do so after its successor.
+    by_epoch = sorted(case.lives, key=lambda life: life.session.epoch or 0)
+    newest = {(life.session.job, life.session.rank): life for life in by_epoch}
     for life in newest.values():
         begin = max(healed, life.session.at)
         last = max(event.at for event in life.events)
