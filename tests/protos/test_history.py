@@ -94,7 +94,7 @@ def test_a_killed_process_loses_its_last_moment_alone(tmp_path):
     assert history.torn <= 1
     old = [int(step) for step, at in said if float(at) < killed - 1.0]
     assert history.events[-1].step >= max(old, default=0)
-    # The next writer ends the torn line before it goes on; what is added here lengthens a line that is torn already.
+    # The next writer ends the torn line before it goes on. One that is torn already only grows longer here.
     path.write_bytes(path.read_bytes() + b'{"v":1,"kind":"tra')
     HistoryRecorder(path, "trainer").close()
     again = read_history([path])
