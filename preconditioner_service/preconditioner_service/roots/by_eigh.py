@@ -168,7 +168,9 @@ def _attempt(
             conditions[i] = math.inf
             half_BN[i] = 0.0
 
-    factor_BNN = scratch("factor", count, n)
+    # What was reduced is of no more use, and its memory is near.
+    spent_NN = spectrum.room(n) if count == 1 else None
+    factor_BNN = scratch("factor", count, n) if spent_NN is None else spent_NN[None]
     np.multiply(of.vectors_BNN, half_BN[:, :, None], out=factor_BNN)
     _gram(factor_BNN, of.root_BNN)
     ridge_B1 = np.zeros((count, 1)) if truncates else level_B1
