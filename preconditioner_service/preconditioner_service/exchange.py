@@ -35,6 +35,12 @@ _RECEIPT_BYTES, _NACK_BYTES = 32, 2304
 _CHUNKS_AT_A_TIME = 64
 """After as many, other streams have their turn: a message may hold thousands of tiny ones."""
 
+_TINY_BYTES = 1024
+"""Mean size of a message's chunks below which handling them costs far more than sending them."""
+
+_TINY_PAUSE = 0.004
+"""Seconds between two slices of such: a flood of them leaves the processor to others for most of the time."""
+
 _LAST_WORDS = 5.0
 """Seconds to write the last answers after the trainer half-closed its stream."""
 
@@ -51,10 +57,14 @@ class Turns:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
-    async def take(self) -> None:
-        """Wait for the caller's turn to work for about a millisecond, and let the others' events in."""
+    async def take(self, pause: float = 0.0) -> None:
+        """Wait for the caller's turn to work for about a millisecond, and let the others' events in.
+
+        Args:
+            pause: seconds in which no stream works through such messages.
+        """
         async with self._lock:
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause)
 
 
 class ExchangeStream:
@@ -185,7 +195,8 @@ class ExchangeStream:
             message = decode_trainer_message(data)
             kind = message.WhichOneof("kind")
             if kind == "chunks":
-                await self._take(message.chunks)
+                count = len(message.chunks.chunks)
+                await self._take(message.chunks, _TINY_PAUSE if len(data) < count * _TINY_BYTES else 0.0)
             elif kind == "receipts":
                 for receipt in message.receipts.receipts:
                     self._receipted(receipt.block, receipt.step)
@@ -203,11 +214,11 @@ class ExchangeStream:
                 f"no message for {self._idle_timeout:g} s (stream_idle_timeout); attach again",
             ) from None
 
-    async def _take(self, chunks: pb.Chunks) -> None:
+    async def _take(self, chunks: pb.Chunks, pause: float) -> None:
         for number, chunk in enumerate(chunks.chunks):
             if number and number % _CHUNKS_AT_A_TIME == 0:
                 self._dispatcher.kick()
-                await self._turns.take()
+                await self._turns.take(pause)
                 await self._answers_read()
             if self._session.closed:
                 return

@@ -13,6 +13,7 @@ from preconditioner_protos import PackedBlock, chunk_messages, pack
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_service import exchange
 from preconditioner_service.board import Board
+from preconditioner_service.dispatcher import Dispatcher
 from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 
@@ -243,3 +244,40 @@ def test_pushes_without_a_receipt_are_limited_in_number_too(monkeypatch):
         assert stream.unanswered == 3
 
     asyncio.run(scenario())
+
+
+def test_messages_of_tiny_matrices_leave_time_to_others():
+    """While ordinary ones are read as fast as they come."""
+    pauses: list[float] = []
+
+    class Counted(exchange.Turns):
+        async def take(self, pause=0.0):
+            pauses.append(pause)
+            await super().take(pause)
+
+    class Context:
+        def __init__(self, *messages):
+            self._messages = iter([*messages, grpc.aio.EOF])
+
+        async def read(self):
+            return next(self._messages)
+
+    async def read(side):
+        pauses.clear()
+        board, dispatcher = Board(1 << 30, 10.0), Dispatcher()
+        session, _ = board.open(open_request("job", manifest(*[(side,)] * 200)))
+        dispatcher.open(session)
+        packed = pack(statistics(side))
+        blocks = [PackedBlock(block, 1, (packed,)) for block in range(200)]
+        messages = [m.SerializeToString() for m in chunk_messages(blocks, message=pb.TrainerMessage)]
+        assert len(messages) == 1
+        stream = exchange.ExchangeStream(
+            session, Context(*messages), dispatcher,
+            credit_bytes=0, max_message_bytes=2**20, idle_timeout=1.0, turns=Counted(),
+        )  # fmt: skip
+        await stream._read()
+        assert session.job.counters.snapshots_received == 200
+        return set(pauses)
+
+    assert asyncio.run(read(4)) == {exchange._TINY_PAUSE}
+    assert asyncio.run(read(64)) == {0.0}
