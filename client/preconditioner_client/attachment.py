@@ -280,7 +280,7 @@ class Attachment:
         for number in range(len(plans), len(self._optimizer.param_groups)):
             params = self._optimizer.param_groups[number]["params"]
             names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
-            self._engine.add_group(self._settings, params, names)
+            self._engine.add_group(self._settings, params, names, update=str(self._grafting))
         return plans
 
     def _refuse_copy(self) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Engine:
         parameters: Sequence[torch.Tensor],
         names: Sequence[str],
         compared: Sequence[torch.Tensor] | None = None,
+        update: str = "",
     ) -> None:
         """Plan the blocks of another group; they join the session with the next step.
 
@@ -103,6 +104,7 @@ class Engine:
             parameters: what is preconditioned.
             names: one for each parameter.
             compared: one for each parameter: what replicas must hold the same bits of; default itself.
+            update: what else must be alike on all ranks, since replicas would drift apart.
 
         Raises:
             ValueError: the parameters lie over ranks in a way that is not supported, or not as the earlier
@@ -124,7 +126,7 @@ class Engine:
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
-            self._texts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}")
+            self._texts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings} {update}")
         self._shared = None
         self._session_due |= bool(plan.blocks)
 

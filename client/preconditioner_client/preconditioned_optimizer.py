@@ -207,5 +207,17 @@ class PreconditionedOptimizer(Optimizer):
                 settings,
                 group["params"],
                 names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
+                update=_update_settings(group, self.defaults),
             )
         return engine
+
+
+def _update_settings(group: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """What replicas must have in common beside what blocks follow from."""
+    of_blocks = {"blocking", "statistics", "root"}
+    # A tensor is not read, since the host could have to wait for it.
+    return " ".join(
+        f"{key}={group[key]}"
+        for key in defaults
+        if key not in of_blocks and not isinstance(group[key], torch.Tensor)
+    )

@@ -363,6 +363,17 @@ def different_settings_are_refused_by_name(folder):
     optimizer = make_optimizer(model, blocking=BlockingConfig(block_size=8 + dist.get_rank()))
     with pytest.raises(ValueError, match=r"0\.weight is not the same parameter on all ranks"):
         train(model, optimizer, range(1))
+    optimizer = make_optimizer(model, grafting=GraftingConfig(method="sgd" if dist.get_rank() else "adam"))
+    with pytest.raises(ValueError, match=r"0\.weight is not the same parameter.*ADAM.*SGD"):
+        train(model, optimizer, range(1))
+    optimizer = make_optimizer(model, lr=1e-3 * (1 + dist.get_rank()))
+    with pytest.raises(ValueError, match=r"0\.weight is not the same parameter.*lr=0\.001 .*lr=0\.002 "):
+        train(model, optimizer, range(1))
+    plain = torch.optim.SGD(model.parameters(), lr=1e-3)
+    method = "sgd" if dist.get_rank() else "adam"
+    attach(plain, model, grafting=GraftingConfig(method=method), service=LocalExchange())
+    with pytest.raises(ValueError, match=r"0\.weight is not the same parameter.*ADAM.*SGD"):
+        train(model, plain, range(1))
     optimizer = make_optimizer(model, staleness=StalenessConfig(max_staleness=20 + dist.get_rank()))
     with pytest.raises(ValueError, match="the ranks do not train the same"):
         train(model, optimizer, range(1))

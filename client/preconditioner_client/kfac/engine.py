@@ -91,6 +91,7 @@ class LayerEngine(Engine):
         parameters: Sequence[torch.Tensor],
         names: Sequence[str],
         compared: Sequence[torch.Tensor] | None = None,
+        update: str = "",
     ) -> None:
         """See :meth:`Engine.add_group`; what is given are the parameters themselves.
 
@@ -115,7 +116,7 @@ class LayerEngine(Engine):
             similar_below=None if self._adaptive is None else self._adaptive.similar_below,
         )
         number = len(self._groups)
-        super().add_group(of_layers, [self._placeholder(p) for p in parameters], names, parameters)
+        super().add_group(of_layers, [self._placeholder(p) for p in parameters], names, parameters, update)
         self._groups.append(list(parameters))
         self._place.update({p: (number, index) for index, p in enumerate(parameters)})
         self._reduction = None
