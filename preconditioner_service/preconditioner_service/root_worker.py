@@ -14,11 +14,13 @@ class RootWorker:
 
     def __init__(self, threads: int) -> None:
         from preconditioner_service.compute import compute
+        from preconditioner_service.roots import calibrate
         from preconditioner_service.roots import threads as bind
 
         self._compute = compute
         bind(threads)
         # The first decomposition of a process loads and tunes; better now than in a trainer's batch.
+        calibrate()
         identity = np.ones(1, dtype=np.float32)
         compute([RootTask((1,), (4.0,), 1, 1e-6, "<f4", (identity,))])
 

@@ -32,9 +32,10 @@ Contender = Callable[[], float]
 class BenchRoots(BaseModel):
     """Time inverse roots against bare LAPACK, the recipe of peers in torch, and Schur-Newton.
 
-    One thread; times are the CPU time of that thread, which on an idle host is wall time. All contenders
-    run in turn in every repetition, and ratios are medians over repetitions, so that what else the host does
-    falls on all of them. A run of a small size is a batch, and times are per root.
+    One thread; times are the CPU time of that thread, which on an idle host is wall time. All contenders but
+    Schur-Newton, which takes too long for that, run in turn in every repetition, and ratios are medians over
+    repetitions, so that what else the host does falls on all of them. A run of a small size is a batch, and
+    times are per root.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)

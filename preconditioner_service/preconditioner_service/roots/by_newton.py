@@ -18,14 +18,19 @@ import math
 import numpy as np
 from scipy.linalg import lapack
 
+from . import refinement
 from .conditioning import Conditioning, Floats
 from .errors import IndefiniteError, MethodError, ResidualError, RootError
 from .inputs import Prepared, rounding_level
 from .lanczos import largest_eigenvalue
-from .newton import coupled_newton
+from .newton import corrected_inverse, coupled_newton
 from .order import Order
 from .solution import Solution, escalated, failure, restore
 from .verification import default_bound, multiply, probes, residuals
+
+_CORRECTED = 2e5, 2e6
+"""Conditions between which an inverse is corrected: the error of Newton's method, up to half of eps
+condition, may be more than the 1e-10 that is promised up to 1e6. At 1e12 the correction spoils the root."""
 
 
 class ClippingError(RootError):
@@ -100,10 +105,12 @@ def _solve_one(
         unit_root_NN, iterations = coupled_newton(conditioned_NN, order.numerator, largest + ridge)
         if not np.isfinite(unit_root_NN).all():
             continue
-        root_NN = np.linalg.matrix_power(unit_root_NN, order.denominator)
-        root_NN = (root_NN + root_NN.T) * 0.5
         smallest = float(np.float64(largest_eigenvalue(unit_root_NN)) ** -order.numerator)
         condition = max((largest + ridge) / smallest, 1.0) if smallest > 0.0 else math.inf
+        if order.numerator == 1 and n <= refinement.LARGEST and _CORRECTED[0] < condition < _CORRECTED[1]:
+            unit_root_NN = corrected_inverse(conditioned_NN, unit_root_NN)
+        root_NN = np.linalg.matrix_power(unit_root_NN, order.denominator)
+        root_NN = (root_NN + root_NN.T) * 0.5
         bound = default_bound(n, condition, order) if residual_bound is None else residual_bound
         (residual,) = residuals(
             functools.partial(multiply, conditioned_NN[None]),

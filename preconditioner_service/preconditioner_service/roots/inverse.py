@@ -22,6 +22,8 @@ from .unscale import diagnostics, unscale
 
 _CHUNK_ELEMENTS = 1 << 19
 """Of the matrices that are worked on together (4 MiB in float64), so that what Python costs is shared."""
+_MOST_RETRIES = 16
+"""By then a ridge has grown from rounding to the whole matrix."""
 _DEFAULT = RelativeRidge()
 
 
@@ -102,15 +104,20 @@ def inverse_roots(
     """
     order = as_order(p)
     array, n = as_stack(stack)
-    out = np.dtype(dtype)
+    try:
+        out = np.dtype(dtype)
+    except TypeError:
+        raise DtypeError(f"output dtype {dtype!r} is neither float32 nor float64") from None
     if out not in (np.float32, np.float64):
         raise DtypeError(f"output dtype {out} is neither float32 nor float64")
     if not isinstance(conditioning, Conditioning):
         raise InputError(
             f"conditioning must be a Conditioning, such as RelativeRidge(1e-6), not {conditioning!r}"
         )
-    if retries < 0:
-        raise InputError(f"retries = {retries} must be >= 0")
+    if not isinstance(retries, int) or not 0 <= retries <= _MOST_RETRIES:
+        raise InputError(f"retries = {retries!r} must be an int from 0 to {_MOST_RETRIES}")
+    if residual_bound is not None and not isinstance(residual_bound, (int, float)):
+        raise InputError(f"residual_bound = {residual_bound!r} must be a number in [0, 1), or None")
     if residual_bound is not None and not 0 <= residual_bound < 1:
         raise InputError(
             f"residual_bound = {residual_bound} must be in [0, 1): 1 is the residual of a zero root"

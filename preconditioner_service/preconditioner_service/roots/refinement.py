@@ -23,7 +23,7 @@ LARGEST = 64
 """Rows up to which a root is refined."""
 _DECOMPOSITION_ERROR = 5.0 * float(np.finfo(np.float64).eps)
 """Times condition / p: the relative error of a root without refinement, at worst (measured)."""
-_FIRST_ORDER = 0.1
+_FIRST_ORDER = 0.35
 _NEARLY_EQUAL = 1e-3
 
 

@@ -18,11 +18,11 @@ class Diagnostics:
     iterations: int
     """Of Newton's method; 0 for a decomposition."""
     smallest_eigenvalue: float
-    """Of the statistics, before clipping; a lower bound if the method is schur_newton."""
+    """Of the statistics, before clipping; an upper bound, close, if the method is schur_newton."""
     largest_eigenvalue: float
     """Of the statistics; a Lanczos value (a lower bound, close) if the method is schur_newton."""
     condition: float
-    """Effective: largest over smallest eigenvalue of B, of those kept; an upper bound for schur_newton."""
+    """Effective: largest over smallest eigenvalue of B, of those kept; from below with schur_newton."""
     ridge: float
     """Added to every eigenvalue, after retries; 0 with a pseudo-inverse."""
     threshold: float
@@ -34,7 +34,7 @@ class Diagnostics:
     residual_bound: float
     """What `residual` had to stay within."""
     retries: int
-    """How many times the ridge or threshold was multiplied by ten."""
+    """How many times the ridge or threshold was multiplied by ten, from the level of rounding if below."""
     seconds: float
     """Wall time; of a batch, an equal share of it."""
 

@@ -23,7 +23,7 @@ from .order import Order
 from .triangles import FULL_UP_TO
 
 PROBES = 2
-LOOSEST_BOUND = 0.1
+LOOSEST_BOUND = 0.02
 """A root whose residual can only be bounded by more than this is not worth publishing."""
 _EPS = float(np.finfo(np.float64).eps)
 _SLACK = 4.0
@@ -34,7 +34,7 @@ Apply = Callable[[Floats], Floats]
 
 
 def default_bound(n: int, condition: float, order: Order) -> float:
-    """The residual that rounding explains: `4 (a + b) n eps condition^max(1, 1/p)`, at most 0.1.
+    """The residual that rounding explains: `4 (a + b) n eps condition^max(1, 1/p)`, at most 0.02.
 
     It is a statement about the float64 root. Rounding the root to float32 afterwards adds up to
     `p 2^-24 condition^(1/p)`, which no method can avoid, and which is therefore not counted.

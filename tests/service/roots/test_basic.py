@@ -125,8 +125,14 @@ def test_bad_settings():
         inverse_root(np.eye(2), 4, conditioning=1e-6)
     with pytest.raises(InputError):
         inverse_root(np.eye(2), 4, residual_bound=1.5)
-    with pytest.raises(InputError):
-        inverse_root(np.eye(2), 4, retries=-1)
+    for residual_bound in ("x", float("nan")):
+        with pytest.raises(InputError, match="residual_bound"):
+            inverse_root(np.eye(2), 4, residual_bound=residual_bound)
+    for retries in (-1, 17, 1.5):
+        with pytest.raises(InputError, match="retries"):
+            inverse_root(np.eye(2), 4, retries=retries)
+    with pytest.raises(DtypeError, match="'foo'"):
+        inverse_root(np.eye(2), 4, dtype="foo")
 
 
 def test_errors_name_the_figure_and_the_way_out():

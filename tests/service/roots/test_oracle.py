@@ -120,6 +120,23 @@ def test_without_a_ridge(name, method):
             assert root.diagnostics.retries == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "low", "high", "seeds"),
+    [
+        # Where first-order correction ends, and where half of eps condition is more than 1e-10.
+        ("eigh", 8e13, 3e14, (75, 81, 338, 439, 920, 964)),
+        ("schur_newton", 8e5, 1e6, (395, 1224, 2143)),
+    ],
+)
+def test_few_rows_of_which_one_in_hundreds_was_worse_than_promised(method, low, high, seeds):
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(3, 7))
+        condition = 10 ** rng.uniform(np.log10(low), np.log10(high))
+        matrix = with_spectrum(np.r_[1 / condition, np.ones(n - 1)], seed)
+        check(matrix, Oracle(matrix), 1, AbsoluteRidge(0.0), method)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ridge_below_the_promised_condition(method):
     """A ridge of 1.02e-6 on a singular matrix: just inside what must be good to 1e-10."""

@@ -20,6 +20,7 @@ from preconditioner_service.roots import (
     inverse,
     inverse_root,
     inverse_roots,
+    lanczos,
     newton,
     spectrum,
     threads,
@@ -225,3 +226,18 @@ def test_large(n):
     assert root.diagnostics.retries == 0
     assert np.array_equal(root.matrix, root.matrix.T)
     assert np.isfinite(root.matrix).all()
+
+
+@pytest.mark.parametrize("n", [24, 200])
+def test_the_largest_eigenvalue_is_found_though_the_first_vector_has_no_part_in_it(n):
+    first = np.random.default_rng((lanczos._SEED, n)).standard_normal(n)
+    direction = np.random.default_rng(0).standard_normal(n)
+    direction -= first * (first @ direction) / (first @ first)
+    direction /= np.linalg.norm(direction)
+    for height in (3.0, 1000.0):
+        matrix = np.eye(n) + height * np.outer(direction, direction)
+        assert lanczos.largest_eigenvalue(matrix) == pytest.approx(1.0 + height, rel=1e-9)
+        root = inverse_root(matrix, 4, method="schur_newton", dtype=np.float64)
+        assert root.diagnostics.retries == 0
+    assert lanczos.largest_eigenvalue(np.zeros((n, n))) == 0.0
+    assert lanczos.largest_eigenvalue(-np.eye(n)) == pytest.approx(-1.0)
