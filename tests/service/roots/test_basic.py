@@ -69,6 +69,42 @@ def test_input_is_never_modified():
         assert np.array_equal(matrix, before)
 
 
+def test_nor_by_retries_pseudo_inverses_other_methods_and_stacks():
+    singular = wishart(40)[:, :20] @ wishart(40)[:, :20].T
+    for matrix, settings in (
+        (singular, {"conditioning": AbsoluteRidge(0.0), "method": "eigh"}),
+        (singular, {"conditioning": PseudoInverse(1e-9)}),
+        (wishart(40), {"method": "schur_newton"}),
+        (np.stack([wishart(40), singular]), {}),
+        (wishart(40) + 1e-9 * np.triu(wishart(40)), {}),
+    ):
+        stack = matrix if matrix.ndim == 3 else matrix[None]
+        stack.flags.writeable = False
+        before = stack.copy()
+        outcomes = inverse_roots(stack, 4, **settings)
+        assert np.array_equal(stack, before)
+        if settings.get("conditioning") == AbsoluteRidge(0.0):
+            assert outcomes[0].diagnostics.retries > 0
+
+
+@pytest.mark.parametrize("method", ["eigh", "schur_newton"])
+@pytest.mark.parametrize("scale", [1e-20, 1.0])
+def test_diagnostics_are_in_the_units_of_the_statistics(method, scale):
+    matrix = scale * wishart(40)
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    found = inverse_root(matrix, 4, method=method, dtype=np.float64).diagnostics
+    assert found.method == method
+    assert found.largest_eigenvalue == pytest.approx(eigenvalues[-1], rel=1e-6)
+    assert found.smallest_eigenvalue == pytest.approx(eigenvalues[0], rel=1e-3)
+    assert found.ridge == pytest.approx(1e-6 * eigenvalues[-1], rel=1e-6)
+    condition = (eigenvalues[-1] + found.ridge) / (eigenvalues[0] + found.ridge)
+    assert found.condition == pytest.approx(condition, rel=1e-3)
+    assert (found.iterations > 0) == (method == "schur_newton")
+    assert 0 < found.residual <= found.residual_bound
+    assert found.seconds > 0
+    assert (found.rank, found.retries, found.threshold) == (40, 0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("matrix", "error"),
     [

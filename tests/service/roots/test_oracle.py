@@ -193,6 +193,21 @@ def test_captured_statistics(method):
                 check(matrix, oracle, 1, RelativeRidge(1e-4), method)
 
 
+def test_larger_captured_statistics_have_the_same_root_by_both_methods():
+    """Beside the smaller ones, which are held against the oracle."""
+    with np.load(DATA) as statistics:
+        larger = [statistics[name] for name in statistics.files if len(statistics[name]) > 32]
+    assert larger
+    for matrix in larger:
+        for p in (1, 2, 4):
+            roots = [
+                inverse_root(matrix, p, conditioning=RelativeRidge(1e-6), method=method, dtype=np.float64)
+                for method in METHODS
+            ]
+            assert [root.diagnostics.retries for root in roots] == [0, 0]
+            assert relative_error(roots[0].matrix, roots[1].matrix) <= 1e-9
+
+
 @cache
 def real_oracle(name):
     with np.load(DATA) as statistics:
