@@ -94,7 +94,9 @@ def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Te
     It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero. That
     must count as no step, touch no statistics and start no session.
     """
-    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # One that finds its own rates has None here, or no such key.
+    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
         return False
     return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
 
