@@ -14,6 +14,7 @@ from preconditioner_client import checkpoint, closures, consolidation
 from preconditioner_client.config import Grafting, GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
+from preconditioner_client.foreach import cast_like, copy_all
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.grafting import (
     directions,
@@ -24,7 +25,6 @@ from preconditioner_client.grafting import (
 from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.plan import GroupPlan, GroupSettings
-from preconditioner_client.update_rule import cast_like
 
 STATE_KEY = "preconditioner"
 """Where the attached state stands in the optimizer's own state dict."""
@@ -233,10 +233,13 @@ class Attachment:
         self._engine.share(updates)
         if guard is not None:
             guard.clear_([update for of_group in updates for update in of_group if update is not None])
-        for group, directions_of in zip(optimizer.param_groups, updates, strict=True):
-            for parameter, update in zip(group["params"], directions_of, strict=True):
-                if update is not None and update is not (held := local(parameter.grad)):
-                    held.copy_(update)
+        replaced = [
+            (held, update)
+            for group, directions_of in zip(optimizer.param_groups, updates, strict=True)
+            for parameter, update in zip(group["params"], directions_of, strict=True)
+            if update is not None and update is not (held := local(parameter.grad))
+        ]
+        copy_all([held for held, _ in replaced], [update for _, update in replaced])
 
     def _diagonal(
         self, group: dict[str, Any], gradients: list[torch.Tensor | None], guard: Guard | None

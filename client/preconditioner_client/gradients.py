@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from preconditioner_client.distribution import local
+from preconditioner_client.foreach import Tensors, cast, cast_like, picked, positions_by_kind
 from preconditioner_client.grafting import owns_weight_decay
 from preconditioner_client.guard import Guard
 from preconditioner_client.transfer import upload
@@ -63,29 +64,41 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
     Raises:
         RuntimeError: a sparse gradient.
     """
-    coupled = 0.0
-    if not group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
-        coupled = group["weight_decay"]
-    gradients: list[torch.Tensor | None] = []
-    for parameter, name in zip(group["params"], names, strict=True):
-        gradient = parameter.grad
-        if gradient is None:
-            gradients.append(None)
-            continue
-        gradient = local(gradient)
+    present = [(i, local(p.grad)) for i, p in enumerate(group["params"]) if p.grad is not None]
+    for index, gradient in present:
         if gradient.is_sparse:
             raise RuntimeError(
-                f"the gradient of {name} is sparse, which Shampoo cannot precondition: use sparse=False in "
-                f"its embedding, or put it into torch.optim.SparseAdam"
+                f"the gradient of {names[index]} is sparse, which Shampoo cannot precondition: use "
+                f"sparse=False in its embedding, or put it into torch.optim.SparseAdam"
             )
-        if gradient.dtype in (torch.float16, torch.bfloat16):
-            gradient = gradient.to(torch.float32)
-        if group["maximize"]:
-            gradient = -gradient
-        if coupled:
-            gradient = gradient.add(local(parameter).to(gradient.dtype), alpha=coupled)
-        gradients.append(gradient)
+    gradients: list[torch.Tensor | None] = [None] * len(group["params"])
+    for positions in positions_by_kind([gradient for _, gradient in present]):
+        indices = [present[position][0] for position in positions]
+        given = [present[position][1] for position in positions]
+        found = _worked(group, given, picked(group["params"], indices))
+        for index, gradient in zip(indices, found, strict=True):
+            gradients[index] = gradient
     return gradients
+
+
+def _worked(group: dict[str, Any], given: Tensors, parameters: Tensors) -> Tensors:
+    """:func:`working_gradients` of parameters whose gradients have one device and one dtype."""
+    # Only copies are changed in place: gradients stay as they were given.
+    own = given[0].dtype in (torch.float16, torch.bfloat16)
+    found = cast(given, [torch.float32] * len(given)) if own else given
+    if group["maximize"]:
+        if own:
+            torch._foreach_neg_(found)
+        else:
+            found, own = list(torch._foreach_neg(found)), True
+    coupled = group["weight_decay"]
+    if coupled and not group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
+        weights = cast_like([local(parameter) for parameter in parameters], found)
+        if own:
+            torch._foreach_add_(found, weights, alpha=coupled)
+        else:
+            found = list(torch._foreach_add(found, weights, alpha=coupled))
+    return found
 
 
 def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Tensor | None]]) -> bool:
@@ -94,7 +107,9 @@ def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Te
     It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero. That
     must count as no step, touch no statistics and start no session.
     """
-    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # One that finds its own rates has None here, or no such key.
+    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
         return False
     return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
 
@@ -193,4 +208,4 @@ def not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _finite(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([norm.to(torch.float32) for norm in norms]).isfinite()
+    return torch.stack(list(norms)).to(torch.float32).isfinite()

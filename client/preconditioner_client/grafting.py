@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from preconditioner_client.config import Grafting, GraftingConfig
+from preconditioner_client.foreach import copies, picked, positions_by_kind
 from preconditioner_client.guard import Guard
 
 Norms = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -94,7 +95,7 @@ def directions(
     if config.method is Grafting.LARS:
         return _lars(config, filtered, weights, weight_decay, norms)
     if not needs_second_moment(config):
-        return [m.clone() for m in filtered]
+        return copies(filtered)
     denominators = list(torch._foreach_sqrt(moments))
     if config.method in (Grafting.ADAM, Grafting.LAMB):
         torch._foreach_div_(denominators, [(1 - config.beta2**t) ** 0.5 for t in steps])
@@ -147,7 +148,10 @@ def _lars(
 
 def _ratios(numerators: Sequence[torch.Tensor], denominators: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Elementwise quotients of scalars, 1 where either is 0."""
-    return [
-        torch.where((a > 0) & (b > 0), a / b, torch.ones_like(a))
-        for a, b in zip(numerators, denominators, strict=True)
-    ]
+    found = list(numerators)
+    for positions in positions_by_kind(numerators, denominators):
+        a, b = (torch.stack(picked(scalars, positions)) for scalars in (numerators, denominators))
+        ratios = torch.where((a > 0) & (b > 0), a / b, 1.0)
+        for position, ratio in zip(positions, ratios.unbind(0), strict=True):
+            found[position] = ratio
+    return found

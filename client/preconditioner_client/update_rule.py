@@ -13,6 +13,7 @@ import torch
 from preconditioner_client.config import GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
+from preconditioner_client.foreach import Tensors, cast_like, picked, positions_by_kind
 from preconditioner_client.grafting import (
     directions,
     needs_second_moment,
@@ -23,7 +24,6 @@ from preconditioner_client.guard import Guard
 from preconditioner_client.plan import GroupPlan
 from preconditioner_client.schedule import Mask
 
-Tensors = list[torch.Tensor]
 MaybeTensors = list[torch.Tensor | None]
 States = defaultdict[torch.Tensor, Any]
 
@@ -121,20 +121,12 @@ def apply_updates(
             guard.clear_(found)
     found = cast_like(found, params)
     if isinstance(lr, torch.Tensor):
-        torch._foreach_sub_(params, [u * lr.to(u.device, u.dtype) for u in found])
+        for positions in positions_by_kind(found):
+            of_kind = picked(found, positions)
+            rate = lr.to(of_kind[0].device, of_kind[0].dtype).reshape(())
+            torch._foreach_sub_(picked(params, positions), torch._foreach_mul(of_kind, rate))
     else:
         torch._foreach_add_(params, found, alpha=-lr)
-
-
-def cast_like(tensors: Tensors, like: Tensors) -> Tensors:
-    """The tensors in the dtypes of others; those that have it already are the same objects."""
-    found = list(tensors)
-    differing = [i for i, (a, b) in enumerate(zip(tensors, like, strict=True)) if a.dtype != b.dtype]
-    for i in differing:
-        found[i] = torch.empty_like(tensors[i], dtype=like[i].dtype)
-    if differing:
-        torch._foreach_copy_([found[i] for i in differing], [tensors[i] for i in differing])
-    return found
 
 
 def states_of(

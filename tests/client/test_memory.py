@@ -39,6 +39,18 @@ SETTINGS = {
     ),
     "float64": (LINEAR, {"dtype": torch.float64}),
     "coupled decay": (LINEAR, {"weight_decay": 0.1, "decoupled_weight_decay": False}),
+    "bfloat16, all that changes gradients": (
+        LINEAR,
+        {
+            "dtype": torch.bfloat16,
+            "maximize": True,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": False,
+            "beta1": 0.0,
+            "grafting": GraftingConfig(method="none"),
+        },
+    ),
+    "lars": (LINEAR, {"grafting": GraftingConfig(method="lars"), "weight_decay": 0.1}),
     "convolution": (CONVOLUTION, {"statistics": StatisticsConfig(accumulation="sum")}),
     "order three": (ORDER_THREE, {"blocking": BlockingConfig(merge_dims=False)}),
     "a schedule": (

@@ -76,8 +76,19 @@ def test_what_yaml_makes_of_a_number_is_told():
 def test_an_optimizer_that_finds_its_own_rate_may_have_none_in_its_groups():
     parameter = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    optimizer.param_groups[0]["lr"] = None
-    attach(optimizer, service=LocalExchange()).detach()
+    group = optimizer.param_groups[0]
+    group["lr"] = None
+    attachment = attach(optimizer, service=LocalExchange())
+    # SGD stands for such an optimizer: its rate comes once the preconditioner has had its turn.
+    optimizer.register_step_pre_hook(lambda *_: group.update(lr=0.1))
+    for step in range(1, 4):
+        group["lr"] = None
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones(3, 2)
+        optimizer.step()
+        assert attachment.metrics()["step"] == step
+        assert bool((parameter < before).all())
+    attachment.detach()
 
 
 @pytest.mark.parametrize(

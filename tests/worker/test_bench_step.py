@@ -9,7 +9,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
+from preconditioner_client import (
+    BlockingConfig,
+    Grafting,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StalenessConfig,
+    attach,
+)
 from preconditioner_worker import bench_step, step_timing
 from preconditioner_worker.bench_step import FrozenExchange
 from preconditioner_worker.cli import main
@@ -17,24 +25,57 @@ from preconditioner_worker.gpt2 import GPT2
 from preconditioner_worker.step_timing import launches_of
 
 
-def launches(matrices, exchange, refresh_every):
-    params = [nn.Parameter(torch.randn(16, 8)) for _ in range(matrices)]
-    optimizer = Shampoo(
+def launches(matrices, exchange, refresh_every, make=Shampoo, dtypes=(torch.float32,), **settings):
+    params = [nn.Parameter(torch.randn(16, 8, dtype=dtypes[i % len(dtypes)])) for i in range(matrices)]
+    optimizer = make(
         params,
         blocking=BlockingConfig(block_size=8),
         staleness=StalenessConfig(refresh_every=refresh_every, max_staleness=1000, policy="keep"),
         service=exchange,
+        **settings,
     )
+    preconditioner = getattr(optimizer, "_attached_preconditioner", optimizer)
     for _ in range(2 * refresh_every + 1):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    assert optimizer.metrics()["blocks_with_version"] == 2 * matrices
+    assert preconditioner.metrics()["blocks_with_version"] == 2 * matrices
     return launches_of(optimizer)
 
 
-def test_an_ordinary_step_launches_the_same_for_four_times_the_blocks():
-    few, many = launches(3, FrozenExchange(), 4), launches(12, FrozenExchange(), 4)
+def attached(params, **settings):
+    optimizer = torch.optim.SGD(params, lr=1e-3, foreach=True)
+    attach(optimizer, **settings)
+    return optimizer
+
+
+COUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": False}
+SETTINGS = {
+    "default": {},
+    "bfloat16": {"dtypes": (torch.bfloat16,)},
+    "bfloat16, all that changes gradients": {"dtypes": (torch.bfloat16,), "maximize": True, **COUPLED},
+    "float64": {"dtypes": (torch.float64,)},
+    "several dtypes": {"dtypes": (torch.float32, torch.float64, torch.bfloat16), "maximize": True, **COUPLED},
+    "several dtypes, lamb": {
+        "dtypes": (torch.float32, torch.float64, torch.bfloat16),
+        "grafting": GraftingConfig(method="lamb"),
+    },
+    "maximize": {"maximize": True},
+    "coupled decay": COUPLED,
+    "decoupled decay": {"weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    **{m.value: {"grafting": GraftingConfig(method=m), "weight_decay": 0.1} for m in Grafting},
+    **{
+        f"attached, {method.value}": {"make": attached, "grafting": GraftingConfig(method=method)}
+        for method in Grafting
+    },
+    "attached, bfloat16": {"make": attached, "dtypes": (torch.bfloat16,)},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_an_ordinary_step_launches_the_same_for_four_times_the_blocks(settings):
+    few, many = (launches(count, FrozenExchange(), 4, **settings) for count in (3, 12))
     assert many == few
 
 

@@ -18,6 +18,7 @@ CLIENT = (
     "preconditioner_client.distribution",
     "preconditioner_client.engine",
     "preconditioner_client.exchange",
+    "preconditioner_client.foreach",
     "preconditioner_client.gradients",
     "preconditioner_client.grafting",
     "preconditioner_client.groups",
