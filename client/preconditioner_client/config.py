@@ -204,7 +204,8 @@ class StalenessConfig:
     Age at step t is ``t - s`` for a preconditioner computed from the snapshot after step s.
 
     Attributes:
-        max_staleness: the bound N: a step never waits while the age is at most N.
+        max_staleness: the bound N: a step never waits while the age is at most N, but on a schedule for a
+            version that is due.
         refresh_every: steps between snapshots of a block. None: a new one as soon as the last trip is back,
             at most every 10 steps.
         adoption: ``eager``: used from the first step after arrival. ``scheduled``: the version of snapshot
