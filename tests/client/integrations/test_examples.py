@@ -157,6 +157,11 @@ def test_fsdp2_goes_on_from_its_checkpoint(service, tmp_path):
         assert {result["step"] for result in results} == {steps}
 
 
+def test_replicas_of_shards_train_through_a_service_on_four_ranks(service, tmp_path):
+    results, _ = torchrun(tmp_path, "fsdp2", 4, "--replicas", 2, "--steps", 15, "--service", service)
+    assert {result["step"] for result in results} == {15}
+
+
 def all_statistics(model, states):
     """How many blocks of a model have statistics in a checkpoint, and how many there are."""
     keys = [k for s in states for k, v in s.items() if ".statistics." in k and v.any()]
