@@ -48,6 +48,7 @@ import torch
 from preconditioner_client.block_state import block_state, restore_block
 from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
+from preconditioner_client.options import python_number
 from preconditioner_client.plan import GroupPlan
 from preconditioner_client.schedule import NEVER
 from preconditioner_client.update_rule import blank_state
@@ -117,8 +118,9 @@ def exported(engine: Engine, state_dict: dict[str, Any], blocks: bool = True) ->
         state_dict: of the base class.
         blocks: whether they are wanted.
     """
+    # A scheduler may have left a number of numpy, which weights_only=True does not read.
     groups = [
-        {key: repr(value) if key in _SETTINGS else value for key, value in group.items()}
+        {key: repr(value) if key in _SETTINGS else python_number(value) for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     states = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -174,3 +175,16 @@ def test_another_cut_into_blocks_is_refused_by_name():
     _, other = setup(block_size=16)
     with pytest.raises(ValueError, match=r"0\.weight"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("value", [np.float64(0.01), np.float32(0.01), np.array(0.01)])
+def test_numbers_of_numpy_are_saved_as_python_s(value):
+    parameter = nn.Parameter(torch.ones(3, 2))
+    group = {"params": [parameter], "weight_decay": value, "lr_scale": value}
+    optimizer = Shampoo([group], lr=value, service=LocalExchange())
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = value  # as a scheduler does whose factor is numpy's
+    saved = through_a_file(optimizer.state_dict())["param_groups"][0]
+    assert saved["lr"] == saved["weight_decay"] == saved["lr_scale"] == float(value)
