@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, closures, consolidation
+from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
 from preconditioner_client.config import Grafting, GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
@@ -142,7 +142,7 @@ class Attachment:
             ValueError: it does not fit the optimizer's parameters; names the first that differs.
         """
         self._plan()
-        checkpoint.check_format(state_dict)
+        checkpoint_check.check_format(state_dict)
         saved: list[dict[str, Any]] = state_dict["state"]
         shards = state_dict.get(checkpoint.SHARDS_KEY)
         groups = [group["params"] for group in self._optimizer.param_groups]
@@ -156,8 +156,15 @@ class Attachment:
         for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
             for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
                 # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
-                checkpoint.check_state(
-                    state or {"step": 0}, {"second_moment": tuple(parameter.shape)}, plan, index, shards
+                checkpoint_check.check_state(
+                    state or {"step": 0},
+                    {"second_moment": tuple(parameter.shape)},
+                    ["second_moment"] if needs_second_moment(self._grafting) else [],
+                    f"attach with the grafting that it was saved with, or take {STATE_KEY!r} out of the "
+                    f"optimizer's state dict, so that the preconditioner begins anew",
+                    plan,
+                    index,
+                    shards,
                 )
         self._consolidated = None
         self._moments.clear()
