@@ -94,7 +94,9 @@ def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
                     blank = torch.zeros(shape, device=parameter.device)
                     optimizer.state[parameter].setdefault(key, blank)
             if plan.rows[index] and parameter in optimizer.state:
-                optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
+                # What is under way stays out: copies of it would stay here until the next checkpoint.
+                views = _block_states(engine, plan, index, lambda view: view, under_way=False)
+                optimizer.state[parameter].update(views)
 
 
 def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
@@ -103,12 +105,16 @@ def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
 
 
 def _block_states(
-    engine: Engine, plan: GroupPlan, index: int, taken: Callable[[torch.Tensor], torch.Tensor]
+    engine: Engine,
+    plan: GroupPlan,
+    index: int,
+    taken: Callable[[torch.Tensor], torch.Tensor],
+    under_way: bool = True,
 ) -> dict[str, Any]:
     return {
         f"block.{held.key}.{suffix}": value
         for held in plan.rows[index]
-        for suffix, value in block_state(engine, held, taken).items()
+        for suffix, value in block_state(engine, held, taken, under_way).items()
     }
 
 
