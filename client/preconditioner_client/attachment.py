@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, closures, consolidation
+from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
 from preconditioner_client.config import Grafting, GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
 from preconditioner_client.foreach import cast_like, copy_all
-from preconditioner_client.gradients import only_initialises, working_gradients
+from preconditioner_client.gradients import check_parameter, only_initialises, working_gradients
 from preconditioner_client.grafting import (
     directions,
     needs_second_moment,
@@ -25,6 +26,9 @@ from preconditioner_client.grafting import (
 from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.plan import GroupPlan, GroupSettings
+from preconditioner_client.update_rule import blank_state
+
+logger = logging.getLogger("preconditioner_client")
 
 STATE_KEY = "preconditioner"
 """Where the attached state stands in the optimizer's own state dict."""
@@ -33,7 +37,9 @@ STATE_KEY = "preconditioner"
 class Attachment:
     """What :func:`attach` returns.
 
-    The optimizer's state dict carries its state under ``"preconditioner"``.
+    The optimizer's state dict carries its state under ``"preconditioner"``. ``get_optimizer_state_dict`` of
+    ``torch.distributed.checkpoint`` keeps only what torch itself knows: this object is a ``Stateful``, to be
+    saved and loaded beside it.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class Attachment:
         self._names = names
         self._moments: dict[torch.Tensor, dict[str, Any]] = {}
         self._consolidated: dict[str, Any] | None = None
+        self._restored = False
+        """Whether the handle itself was loaded into since the last step."""
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_state_dict_post_hook(self._add_state),
@@ -110,9 +118,8 @@ class Attachment:
         state = []
         for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
             for index, parameter in enumerate(group["params"]):
-                state.append(
-                    {**self._moments.get(parameter, {}), **checkpoint.block_states(self._engine, plan, index)}
-                )
+                moments = self._moments.get(parameter, self._blank_moments(parameter))
+                state.append({**moments, **checkpoint.block_states(self._engine, plan, index)})
         return {
             checkpoint.FORMAT_KEY: checkpoint.FORMAT,
             checkpoint.STEP_KEY: self._engine.step,
@@ -138,11 +145,13 @@ class Attachment:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, in a new epoch.
 
+        The optimizer's own ``load_state_dict`` may come before or after it.
+
         Raises:
             ValueError: it does not fit the optimizer's parameters; names the first that differs.
         """
         self._plan()
-        checkpoint.check_format(state_dict)
+        checkpoint_check.check_format(state_dict)
         saved: list[dict[str, Any]] = state_dict["state"]
         shards = state_dict.get(checkpoint.SHARDS_KEY)
         groups = [group["params"] for group in self._optimizer.param_groups]
@@ -156,8 +165,15 @@ class Attachment:
         for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
             for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
                 # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
-                checkpoint.check_state(
-                    state or {"step": 0}, {"second_moment": tuple(parameter.shape)}, plan, index, shards
+                checkpoint_check.check_state(
+                    state or {"step": 0},
+                    {"second_moment": tuple(parameter.shape)},
+                    ["second_moment"] if needs_second_moment(self._grafting) else [],
+                    f"attach with the grafting that it was saved with, or take {STATE_KEY!r} out of the "
+                    f"optimizer's state dict, so that the preconditioner begins anew",
+                    plan,
+                    index,
+                    shards,
                 )
         self._consolidated = None
         self._moments.clear()
@@ -169,13 +185,35 @@ class Attachment:
                         key: checkpoint.placed(value, parameter, self._engine.ranks)
                         for key, value in own.items()
                     }
+        # Where the method counts no steps, 0 does not say that there were none.
+        counted = [
+            [{key: value for key, value in state.items() if key != "step" or value > 0} for state in states]
+            for states in stored
+        ]
         checkpoint.restore_blocks(
             self._engine,
-            stored,
+            counted,
             int(state_dict[checkpoint.STEP_KEY]),
             int(state_dict[checkpoint.EPOCH_KEY]),
             shards,
         )
+        self._restored = True
+
+    def _begin_anew(self) -> None:
+        """Forget all that was learned, as if attached just now."""
+        self._consolidated = None
+        self._moments.clear()
+        blank: list[list[dict[str, Any]]] = [[{} for _ in plan.names] for plan in self._plan()]
+        checkpoint.restore_blocks(self._engine, blank, 0, self._engine.epoch)
+
+    def _blank_moments(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """What a parameter has before its first update.
+
+        torch.distributed.checkpoint loads the keys that it is shown, and no list in which an entry is empty.
+        """
+        if not parameter.requires_grad or not needs_second_moment(self._grafting):
+            return {"step": 0}
+        return blank_state({"grafting": self._grafting, "beta1": 0.0, "momentum": 0.0}, parameter)
 
     @torch.no_grad()
     def _before_step(
@@ -211,6 +249,7 @@ class Attachment:
             return
         if only_initialises(optimizer, gradients):
             return
+        self._restored = False
         with self._engine.recorded():
             self._replace(optimizer, plans, gradients, found_inf)
 
@@ -283,6 +322,8 @@ class Attachment:
         for number in range(len(plans), len(self._optimizer.param_groups)):
             params = self._optimizer.param_groups[number]["params"]
             names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
+            for parameter, name in zip(params, names, strict=True):
+                check_parameter(parameter, name)
             self._engine.add_group(self._settings, params, names, update=str(self._grafting))
         return plans
 
@@ -299,6 +340,21 @@ class Attachment:
         saved = state_dict.get(STATE_KEY)
         if saved is not None:
             self.load_state_dict(saved)
+            self._restored = False
+        elif not self._restored:
+            begun = self._engine.step > 0
+            if begun:
+                self._begin_anew()
+            if begun or state_dict.get("state"):
+                logger.warning(
+                    "the state dict that is loaded into %s has no %r: the preconditioner attached to it "
+                    "begins anew, as it should with the checkpoint of a plain optimizer. "
+                    "get_optimizer_state_dict of torch.distributed.checkpoint leaves it out: save what "
+                    "attach() returned beside it, as in dcp.save({..., 'preconditioner': handle}), or the "
+                    "handle.state_dict() for handle.load_state_dict()",
+                    type(optimizer).__name__,
+                    STATE_KEY,
+                )
 
 
 # The user's optimizer sees to sign and weight decay by itself.

@@ -18,7 +18,10 @@ from preconditioner_client.schedule import NEVER
 
 
 def block_state(
-    engine: Engine, held: PlannedRow, taken: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    engine: Engine,
+    held: PlannedRow,
+    taken: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    under_way: bool = True,
 ) -> dict[str, Any]:
     """State of a block of this rank.
 
@@ -26,6 +29,8 @@ def block_state(
         engine: that keeps it.
         held: the block.
         taken: makes what is given away of statistics and preconditioners.
+        under_way: whether snapshots under way are wanted, of which there is no view; else tensors of their
+            shapes stand for them, all zero, with memory for one number.
     """
     refresher, stack = engine.refresher, held.entry.stack
     state: dict[str, Any] = {
@@ -38,7 +43,7 @@ def block_state(
         state[f"statistics.{side}"] = taken(statistics[held.row])
         state[f"preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
     if refresher.config.adoption is Adoption.SCHEDULED:
-        state.update(_in_flight(engine, held))
+        state.update(_in_flight(engine, held) if under_way else _shapes_in_flight(engine, held))
     return state
 
 
@@ -113,3 +118,13 @@ def _copy_or_zero(target: torch.Tensor, source: torch.Tensor | None) -> None:
         target.zero_()
     else:
         target.copy_(source)
+
+
+def _shapes_in_flight(engine: Engine, held: PlannedRow) -> dict[str, torch.Tensor]:
+    """The keys and shapes of :func:`_in_flight`."""
+    places, stack = engine.refresher.config.snapshots_in_flight, held.entry.stack
+    state = {"in_flight.steps": torch.full((places,), NEVER, dtype=torch.int64, device=stack.device)}
+    zero = torch.zeros((), device=stack.device)
+    for side, n in enumerate(stack.sides):
+        state[f"in_flight.{side}"] = zero.expand(places, n * (n + 1) // 2)
+    return state

@@ -48,9 +48,10 @@ import torch
 from preconditioner_client.block_state import block_state, restore_block
 from preconditioner_client.distribution import Ranks, held_part, is_dtensor, like, local
 from preconditioner_client.engine import Engine
+from preconditioner_client.options import python_number
 from preconditioner_client.plan import GroupPlan
 from preconditioner_client.schedule import NEVER
-from preconditioner_client.update_rule import blank_state
+from preconditioner_client.update_rule import blank_state, complete_state
 
 if TYPE_CHECKING:
     from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
@@ -65,9 +66,9 @@ STEP_KEY = "preconditioner_step"
 EPOCH_KEY = "preconditioner_epoch"
 SHARDS_KEY = "preconditioner_shards"
 
-_ELEMENTWISE = ("exp_avg", "second_moment", "momentum_buffer")
+ELEMENTWISE = ("exp_avg", "second_moment", "momentum_buffer")
 _SETTINGS = ("grafting", "statistics", "blocking", "root")
-_BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
+BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
 def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
@@ -87,11 +88,15 @@ def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
                 known = optimizer.state.get(parameter, {})
                 optimizer.state[parameter] = {**blank_state(group, parameter), **known}
             if parameter in optimizer.state:
+                # Settings that were changed since the last step ask for what only the next one would make.
+                complete_state(optimizer.state[parameter], group, parameter)
                 for key, shape in optimizer.own_state_shapes(parameter).items():
                     blank = torch.zeros(shape, device=parameter.device)
                     optimizer.state[parameter].setdefault(key, blank)
             if plan.rows[index] and parameter in optimizer.state:
-                optimizer.state[parameter].update(_block_states(engine, plan, index, lambda view: view))
+                # What is under way stays out: copies of it would stay here until the next checkpoint.
+                views = _block_states(engine, plan, index, lambda view: view, under_way=False)
+                optimizer.state[parameter].update(views)
 
 
 def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
@@ -100,12 +105,16 @@ def block_states(engine: Engine, plan: GroupPlan, index: int) -> dict[str, Any]:
 
 
 def _block_states(
-    engine: Engine, plan: GroupPlan, index: int, taken: Callable[[torch.Tensor], torch.Tensor]
+    engine: Engine,
+    plan: GroupPlan,
+    index: int,
+    taken: Callable[[torch.Tensor], torch.Tensor],
+    under_way: bool = True,
 ) -> dict[str, Any]:
     return {
         f"block.{held.key}.{suffix}": value
         for held in plan.rows[index]
-        for suffix, value in block_state(engine, held, taken).items()
+        for suffix, value in block_state(engine, held, taken, under_way).items()
     }
 
 
@@ -117,8 +126,9 @@ def exported(engine: Engine, state_dict: dict[str, Any], blocks: bool = True) ->
         state_dict: of the base class.
         blocks: whether they are wanted.
     """
+    # A scheduler may have left a number of numpy, which weights_only=True does not read.
     groups = [
-        {key: repr(value) if key in _SETTINGS else value for key, value in group.items()}
+        {key: repr(value) if key in _SETTINGS else python_number(value) for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     states = {
@@ -141,102 +151,11 @@ def with_settings(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]
     return {**state_dict, "state": {}, "param_groups": groups}
 
 
-def check(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:
-    """Hold a checkpoint against the running optimizer before anything is changed.
-
-    Raises:
-        ValueError: another format, other groups, tensors of another shape, or not all blocks of this rank;
-            names the parameter.
-    """
-    groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in groups]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != own:
-        raise ValueError(f"the checkpoint has groups of {sizes} parameters, the optimizer of {own}")
-    for saved, group, plan in zip(groups, optimizer.param_groups, engine.plans, strict=True):
-        check_format(saved)
-        for index, (identity, parameter) in enumerate(zip(saved["params"], group["params"], strict=True)):
-            state = state_dict["state"].get(identity, {})
-            elementwise = dict.fromkeys(_ELEMENTWISE, tuple(parameter.shape))
-            elementwise.update(optimizer.own_state_shapes(parameter))
-            check_state(state, elementwise, plan, index, saved.get(SHARDS_KEY))
-            for key in _ELEMENTWISE:
-                _check_placement(plan.names[index], key, parameter, state.get(key))
-
-
-def check_format(saved: dict[str, Any]) -> None:
-    """Refuse what another optimizer, or another version of this one, wrote.
-
-    Raises:
-        ValueError: naming the format found.
-    """
-    found = saved.get(FORMAT_KEY)
-    if found != FORMAT:
-        raise ValueError(
-            f"the checkpoint has {FORMAT_KEY} {found}, this version reads {FORMAT}: it was written by "
-            f"another optimizer, or by another version of this one"
-        )
-
-
-def check_state(
-    state: dict[str, Any],
-    elementwise: dict[str, tuple[int, ...]],
-    plan: GroupPlan,
-    index: int,
-    shards: int | None = None,
-) -> None:
-    """Hold one parameter's state against the plan.
-
-    Args:
-        state: as saved; an empty one stands for a parameter that nothing was saved of.
-        elementwise: keys and shapes that may stand there beside the blocks'.
-        plan: of the group.
-        index: of the parameter in the group.
-        shards: that the checkpoint was written with; None: as many as now. With another number the blocks
-            are cut differently, and those that are not found again start afresh.
-
-    Raises:
-        ValueError: an unknown key, a missing block, or a tensor of another shape; names the parameter.
-    """
-    name = plan.names[index]
-    recut = shards is not None and shards != plan.shards
-    expected = dict(elementwise)
-    for held in plan.rows[index]:
-        if state and f"block.{held.key}.updates" not in state and not recut:
-            raise ValueError(
-                f"{name}: the checkpoint lacks the block [{held.key}]. Either blocking or model changed "
-                f"since, or it is the state_dict() of one rank, which holds the blocks of that rank alone: "
-                f"call consolidate_state_dict() on all ranks before it, or use torch.distributed.checkpoint"
-            )
-        for side, n in enumerate(held.entry.stack.sides):
-            expected[f"block.{held.key}.statistics.{side}"] = (n, n)
-            expected[f"block.{held.key}.preconditioner.{side}"] = (n, n)
-    for key, value in state.items():
-        block = _BLOCK.fullmatch(key)
-        if key not in expected and block is None and key != "step":
-            raise ValueError(f"{name}: the checkpoint has the unknown key {key!r}")
-        if block is not None and block[1] not in plan.keys[index] and not recut:
-            raise ValueError(
-                f"{name}: the checkpoint has the unknown key {key!r}; were blocking or model changed since?"
-            )
-        if key in expected and tuple(value.shape) != expected[key]:
-            raise ValueError(
-                f"{name}: {key} has shape {tuple(value.shape)} in the checkpoint, {expected[key]} is needed"
-            )
-
-
-def _check_placement(name: str, key: str, parameter: torch.Tensor, saved: Any) -> None:
-    """A part of a tensor fits only where the same part is held."""
-    if is_dtensor(saved) and local(saved).shape != local(parameter).shape:
-        raise ValueError(
-            f"{name}: {key} in the checkpoint is one rank's part {tuple(local(saved).shape)} of it, "
-            f"{tuple(local(parameter).shape)} is needed: load it with torch.distributed.checkpoint, or save "
-            f"after consolidate_state_dict()"
-        )
-
-
 def read(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:
-    """Take the state out of a checkpoint that passed :func:`check`; the base class has the groups."""
+    """Take the state out of a checkpoint that passed :mod:`preconditioner_client.checkpoint_check`.
+
+    The base class has the groups.
+    """
     stored = []
     optimizer.state.clear()
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
@@ -269,7 +188,7 @@ def restore_blocks(
         stored: per group, per parameter its state.
         step: of the checkpoint.
         epoch: of the checkpoint.
-        shards: see :func:`check_state`.
+        shards: see :func:`~preconditioner_client.checkpoint_check.check_state`.
     """
     refresher = engine.refresher
     versions, first, last = (np.full(refresher.versions.size, NEVER, dtype=np.int64) for _ in range(3))
@@ -280,7 +199,7 @@ def restore_blocks(
         for rows, state in zip(plan.rows, states, strict=True):
             blocks: dict[str, dict[str, Any]] = {}
             for key, value in state.items():
-                if match := _BLOCK.fullmatch(key):
+                if match := BLOCK.fullmatch(key):
                     blocks.setdefault(match[1], {})[match[2]] = value
             for held in rows:
                 own = blocks.get(held.key, {})

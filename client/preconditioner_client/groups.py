@@ -6,7 +6,7 @@ from typing import Any
 
 from preconditioner_client.config import BlockingConfig, GraftingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.gradients import check_parameter
-from preconditioner_client.options import check_number
+from preconditioner_client.options import check_number, python_number
 
 _GROUP_KEYS = {
     "params",
@@ -49,11 +49,15 @@ _LEFT_KEYS = {
 def check_group(group: dict[str, Any]) -> None:
     """Refuse settings outside of their range, unknown keys, and parameters that cannot be trained.
 
+    Numbers of numpy become Python's in the group, so that a run computes with the same type after it was
+    resumed from a checkpoint, which has no others.
+
     Raises:
         ValueError: with what was given, and what is possible.
     """
     for key in ("lr", "beta1", "momentum", "dampening", "weight_decay"):
         check_number(key, group[key])
+        group[key] = python_number(group[key])
     lr = float(group["lr"])
     if not lr > 0:
         raise ValueError(f"lr must be > 0, not {lr}; schedulers may lower it to 0 later")

@@ -27,6 +27,11 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number, not {value!r} of type {type(value).__name__}{hint}")
 
 
+def python_number(value: Any) -> Any:
+    """A number of numpy as Python's, since ``torch.load(weights_only=True)`` reads no other; else itself."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value
+
+
 def check_numbers(settings: Any) -> None:
     """Hold the fields of a dataclass that are annotated ``int`` or ``float`` to it; a float may be an int.
 

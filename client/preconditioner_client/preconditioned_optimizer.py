@@ -9,7 +9,7 @@ from typing import Any, cast, overload
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, closures, consolidation
+from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
@@ -166,7 +166,7 @@ class PreconditionedOptimizer(Optimizer):
             ValueError: the checkpoint does not fit these parameters; names the first that differs.
         """
         engine = self._planned()
-        checkpoint.check(self, engine, state_dict)
+        checkpoint_check.check(self, engine, state_dict)
         self._consolidated = None
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
         self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]

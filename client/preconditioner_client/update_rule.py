@@ -166,6 +166,19 @@ def state_keys(group: dict[str, Any]) -> list[str]:
     return [key for key, kept in keys.items() if kept]
 
 
+def lasting_keys(group: dict[str, Any]) -> list[str]:
+    """Those of :func:`state_keys` that no updated parameter is without; momentum begins with an update."""
+    return [key for key in state_keys(group) if key != "momentum_buffer"]
+
+
+def complete_state(state: dict[str, Any], group: dict[str, Any], parameter: torch.Tensor) -> None:
+    """Add what :func:`states_of` would in the next step, to a state that was updated."""
+    if "step" in state and not state.keys() >= set(lasting_keys(group)):
+        blank = blank_state(group, parameter)
+        for key in lasting_keys(group):
+            state.setdefault(key, blank[key])
+
+
 def blank_state(group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
     """State of a parameter of the group before its first update."""
     held = local(parameter).detach()

@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from preconditioner_client import (
     BlockingConfig,
@@ -265,3 +267,102 @@ def test_an_optimizer_with_state_is_attached_to_with_a_warning(caplog):
     second.load_state_dict(first.state_dict())
     attach(second, model, service=LocalExchange())
     assert "call attach() before load_state_dict()" in caplog.text
+
+
+BEGINS_ANEW = "the preconditioner attached to it begins anew"
+
+
+def attached(grafting="sgd"):
+    model, x, y = model_and_data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach(
+        optimizer,
+        model,
+        grafting=GraftingConfig(method=grafting),
+        staleness=SCHEDULED,
+        service=LocalExchange(),
+    )
+    return model, x, y, optimizer, handle
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("grafting", ["sgd", "adam"])
+def test_the_handle_is_saved_and_loaded_by_torch_distributed_checkpoint(grafting, tmp_path, caplog):
+    whole, x, y, optimizer, _ = attached(grafting)
+    train(whole, x, y, optimizer, 20)
+    model, x, y, optimizer, handle = attached(grafting)
+    train(model, x, y, optimizer, 9)
+
+    def parts(model, optimizer, handle):
+        own = get_optimizer_state_dict(model, optimizer)
+        return {"model": model.state_dict(), "optimizer": own, "preconditioner": handle}
+
+    dcp.save(parts(model, optimizer, handle), checkpoint_id=tmp_path, no_dist=True)
+    model, x, y, optimizer, handle = attached(grafting)
+    state = parts(model, optimizer, handle)
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert handle.metrics()["step"] == 9
+    assert BEGINS_ANEW not in caplog.text
+    train(model, x, y, optimizer, 11)
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_torch_saves_without_the_preconditioner_is_loaded_with_a_warning(caplog):
+    model, x, y, optimizer, _ = attached()
+    train(model, x, y, optimizer, 9)
+    state = get_optimizer_state_dict(model, optimizer)
+    model, _, _, optimizer, _ = attached()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert BEGINS_ANEW not in caplog.text
+    set_optimizer_state_dict(model, optimizer, state)
+    assert caplog.text.count(BEGINS_ANEW) == 1
+    assert "handle.load_state_dict()" in caplog.text
+
+
+def test_with_a_plain_checkpoint_a_handle_that_has_trained_begins_anew(caplog):
+    """Statistics of another run are of no use to this one."""
+    model, x, y = model_and_data()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, x, y, plain, 3)
+    runs = []
+    for steps in (0, 9):
+        other, x, y, optimizer, handle = attached("adam")
+        train(other, x, y, optimizer, steps)
+        epoch = handle.metrics()["epoch"]
+        other.load_state_dict(model.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+        metrics = handle.metrics()
+        assert (metrics["step"], metrics["blocks_with_version"]) == (0, 0)
+        assert steps == 0 or metrics["epoch"] > epoch
+        for of_parameter in handle.state_dict()["state"]:
+            tensors = (value for value in of_parameter.values() if torch.is_tensor(value))
+            assert not any(t.any() for t in tensors if t.is_floating_point())
+        # Fewer than it takes for the first version.
+        train(other, x, y, optimizer, 3)
+        runs.append(list(other.parameters()))
+    assert caplog.text.count(BEGINS_ANEW) == 2
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_grafting_that_keeps_a_moment_refuses_steps_without_it():
+    model, x, y, optimizer, _ = attached("lars")
+    train(model, x, y, optimizer, 3)
+    _, _, _, other, _ = attached("adam")
+    with pytest.raises(ValueError, match=r"0\.weight: .*lacks 'second_moment'.*take 'preconditioner' out of"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_complex_parameter_of_a_group_added_later_is_refused():
+    model, x, y = model_and_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, model, service=LocalExchange())
+    train(model, x, y, optimizer, 1)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]})
+    backward(model, x, y, optimizer)
+    with pytest.raises(ValueError, match=r"group1\.parameter0 is complex \(torch\.complex64\)"):
+        optimizer.step()
+    assert handle.metrics()["step"] == 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
+from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo, StalenessConfig
 
 SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=5, max_staleness=20)
+BLOCK = "block.0:4,0:4."
 
 
 def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.float32):
@@ -153,6 +155,28 @@ def test_a_parameter_that_had_no_gradient_yet_is_fine():
         (lambda s: s["param_groups"][0].update(preconditioner_format=99), "preconditioner_format 99"),
         (lambda s: s["state"][0].update(exp_avg=torch.zeros(2, 2)), r"0\.weight: exp_avg has shape \(2, 2\)"),
         (lambda s: s["state"][0].update(surprise=torch.zeros(1)), r"0\.weight: .* unknown key 'surprise'"),
+        (lambda s: s["state"][0].update(exp_avg=[0.0]), r"0\.weight: exp_avg .* must be a tensor, not \[0"),
+        (lambda s: s["state"][0].update(step="6"), r"0\.weight: step .* must be a number, not '6'"),
+        *(
+            (lambda s, key=key: s["state"][0].pop(key), rf"0\.weight: the checkpoint lacks '{key}'")
+            for key in ("step", "exp_avg", "second_moment")
+        ),
+        *(
+            (
+                lambda s, key=key: s["state"][0].pop(BLOCK + key),
+                rf"0\.weight: the checkpoint lacks '{BLOCK}{key}'",
+            )
+            for key in ("version", "last_snapshot", "statistics.0", "preconditioner.1", "in_flight.1")
+        ),
+        *(
+            (lambda s, key=key: s["state"][0].update({BLOCK + key: torch.zeros(2, 9)}), rf"{key} has shape")
+            for key in ("statistics.0", "in_flight.steps", "in_flight.0")
+        ),
+        *(
+            (lambda s, key=key: s["state"][0].update({BLOCK + key: 0.5}), rf"0\.weight: \S+{key} .* a tensor")
+            for key in ("statistics.0", "in_flight.steps", "in_flight.0")
+        ),
+        (lambda s: s["state"][0].update({BLOCK + "version": None}), r"0\.weight: \S+version .* a number"),
         (lambda s: s["param_groups"][0]["params"].pop(), "groups of"),
         (lambda s: s["param_groups"][0].pop("preconditioner_format"), "another\\s+optimizer"),
     ],
@@ -168,9 +192,54 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(spoil
     assert other.metrics()["step"] == 0
 
 
+def test_a_checkpoint_of_another_grafting_lacks_the_moment_that_this_one_needs():
+    """At 0 beside an advanced count of steps its bias correction would lengthen steps many times over."""
+
+    def grafted(method):
+        parameter = nn.Parameter(torch.ones(3, 2))
+        optimizer = Shampoo([parameter], grafting=GraftingConfig(method=method), service=LocalExchange())
+        return parameter, optimizer
+
+    parameter, optimizer = grafted("sgd")
+    for _ in range(3):
+        parameter.grad = torch.ones(3, 2)
+        optimizer.step()
+    state = optimizer.state_dict()
+    _, other = grafted("adam")
+    with pytest.raises(ValueError, match=r"lacks 'second_moment'.* after 3 updates: load .*sgd"):
+        other.load_state_dict(state)
+    assert not other.state
+    grafted("lars")[1].load_state_dict(state)
+    del state["state"][0]
+    other.load_state_dict(state)
+    assert other.metrics()["step"] == 3
+
+
+def test_a_setting_changed_after_the_last_step_does_not_make_a_checkpoint_incomplete():
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = Shampoo([parameter], beta1=0.0, service=LocalExchange())
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    optimizer.param_groups[0].update(beta1=0.9, momentum=0.5)
+    Shampoo([parameter], service=LocalExchange()).load_state_dict(through_a_file(optimizer.state_dict()))
+
+
 def test_another_cut_into_blocks_is_refused_by_name():
     model, optimizer = setup(block_size=4)
     train(model, optimizer, range(6))
     _, other = setup(block_size=16)
     with pytest.raises(ValueError, match=r"0\.weight"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("value", [np.float64(0.01), np.float32(0.01), np.array(0.01)])
+def test_numbers_of_numpy_are_saved_as_python_s(value):
+    parameter = nn.Parameter(torch.ones(3, 2))
+    group = {"params": [parameter], "weight_decay": value, "lr_scale": value}
+    optimizer = Shampoo([group], lr=value, service=LocalExchange())
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = value  # as a scheduler does whose factor is numpy's
+    saved = through_a_file(optimizer.state_dict())["param_groups"][0]
+    assert saved["lr"] == saved["weight_decay"] == saved["lr_scale"] == float(value)

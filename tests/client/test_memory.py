@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from live_tensors import Waiting, peak_of_steps
+from live_tensors import LiveTensors, Waiting, peak_of_steps
 from preconditioner_client import (
     BlockingConfig,
     DistributedConfig,
@@ -141,3 +141,27 @@ def test_a_replica_that_is_none():
     optimizer = make([(4, 4)])
     with pytest.raises(ValueError, match=r"replica must be in \[0, 2\), not 2"):
         optimizer.estimate_memory(replicas=2, replica=2)
+
+
+def test_a_checkpoint_leaves_nothing_behind_of_what_is_under_way():
+    schedule = StalenessConfig(refresh_every=2, adoption="scheduled", delay=4, stagger=False)
+    optimizer = make(LINEAR, staleness=schedule)
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    live = LiveTensors([*parameters, *(p.grad for p in parameters)])
+    with live:
+        for _ in range(5):
+            optimizer.step()
+        before = live.bytes_now()
+        saved = optimizer.state_dict()
+        under_way = sum(
+            value.nbytes
+            for state in saved["state"].values()
+            for key, value in state.items()
+            if "in_flight" in key
+        )
+        assert live.bytes_now() > before + under_way
+        del saved
+        left = live.bytes_now() - before
+    assert left < under_way / 100

@@ -242,6 +242,40 @@ def an_attached_preconditioner_resumes_from_one_file(folder):
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
 
 
+def an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer(folder):
+    def attached(method):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        handle = attach(
+            optimizer,
+            model,
+            grafting=GraftingConfig(method=method),
+            blocking=BlockingConfig(block_size=8),
+            staleness=SCHEDULED,
+            service=LocalExchange(1),
+        )
+        return model, optimizer, handle
+
+    def parts(model, optimizer, handle):
+        own = get_optimizer_state_dict(model, optimizer)
+        return {"model": model.state_dict(), "optimizer": own, "preconditioner": handle}
+
+    for method in ("sgd", "adam"):
+        path = folder / f"attached-{method}"
+        uninterrupted, optimizer, _ = attached(method)
+        train(uninterrupted, optimizer, range(END))
+        model, optimizer, handle = attached(method)
+        train(model, optimizer, range(STOP))
+        dcp.save(parts(model, optimizer, handle), checkpoint_id=path)
+        again, other, handle = attached(method)
+        state = parts(again, other, handle)
+        dcp.load(state, checkpoint_id=path)
+        again.load_state_dict(state["model"])
+        set_optimizer_state_dict(again, other, state["optimizer"])
+        train(again, other, range(STOP, END))
+        assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
+
+
 def an_attached_preconditioner_is_not_stepped_by_torch(folder):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -277,6 +311,7 @@ SCENARIOS = [
     what_is_asked_before_the_first_step_does_not_spoil_loading,
     a_trainable_parameter_that_never_had_a_gradient,
     an_attached_preconditioner_resumes_from_one_file,
+    an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer,
     an_attached_preconditioner_is_not_stepped_by_torch,
     a_first_step_with_a_learning_rate_of_zero_counts,
 ]

@@ -37,6 +37,11 @@ class LiveTensors(TorchDispatchMode):
             self.peak = max(self.peak, self._bytes)
         return result
 
+    def bytes_now(self):
+        """Of the storages that are alive."""
+        self._forget_the_dead()
+        return self._bytes
+
     def _forget_the_dead(self):
         # A weak reference keeps the address, so that none is taken for another meanwhile.
         self._alive = {i: pair for i, pair in self._alive.items() if not pair[0].expired()}
