@@ -215,9 +215,9 @@ class PreconditionedOptimizer(Optimizer):
 def _update_settings(group: dict[str, Any], defaults: dict[str, Any]) -> str:
     """What replicas must have in common beside what blocks follow from."""
     of_blocks = {"blocking", "statistics", "root"}
-    # A tensor is not read, since the host could have to wait for it.
+    # Frameworks add defaults that groups lack; a tensor is not read, since the host could have to wait for it.
     return " ".join(
         f"{key}={group[key]}"
         for key in defaults
-        if key not in of_blocks and not isinstance(group[key], torch.Tensor)
+        if key in group and key not in of_blocks and not isinstance(group[key], torch.Tensor)
     )
