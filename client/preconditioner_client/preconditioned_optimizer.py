@@ -215,7 +215,7 @@ class PreconditionedOptimizer(Optimizer):
 def _update_settings(group: dict[str, Any], defaults: dict[str, Any]) -> str:
     """What replicas must have in common beside what blocks follow from."""
     of_blocks = {"blocking", "statistics", "root"}
-    # Frameworks add defaults that groups lack; a tensor is not read, since the host could have to wait for it.
+    # Frameworks add defaults that groups lack; a tensor is not read, as the host could have to wait for it.
     return " ".join(
         f"{key}={group[key]}"
         for key in defaults
