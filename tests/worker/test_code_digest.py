@@ -17,8 +17,9 @@ PACKAGES = ("preconditioner_client.", "preconditioner_worker.", "preconditioner_
 APART = {
     *(
         f"preconditioner_client.{module}"
-        for module in ("announcement", "checkpoint", "closures", "connect", "consolidation", "memory",
-                       "options", "recording", "service_config", "service_exchange")
+        for module in ("announcement", "checkpoint", "checkpoint_check", "closures", "connect",
+                       "consolidation", "memory", "options", "recording", "service_config",
+                       "service_exchange")
     ),
     *(
         f"preconditioner_worker.{module}"
