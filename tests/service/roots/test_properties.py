@@ -87,11 +87,11 @@ def test_commutes_with_the_matrix(case, p, conditioning, method):
 
 
 @settings(max_examples=60, deadline=None)
-@given(statistics(), ORDERS, CONDITIONINGS)
-def test_order_of_eigenvalues_is_reversed(case, p, conditioning):
+@given(statistics(), ORDERS, CONDITIONINGS, METHODS)
+def test_order_of_eigenvalues_is_reversed(case, p, conditioning, method):
     """Where the statistics are larger the root is smaller."""
     matrix, _ = case
-    root = inverse_root(matrix, p, conditioning=conditioning, dtype=np.float64, method="eigh")
+    root = inverse_root(matrix, p, conditioning=conditioning, dtype=np.float64, method=method)
     _, vectors = np.linalg.eigh(matrix)
     along = np.einsum("ji,jk,ki->i", vectors, root.matrix, vectors)
     allowed = 50 * len(matrix) * EPS * root.diagnostics.condition ** max(1.0, 1 / p) * along.max()

@@ -161,6 +161,25 @@ def test_newton_iteration_alone():
     np.testing.assert_allclose(other, root, atol=1e-10)
 
 
+def test_newton_iteration_returns_the_best_iterate_where_the_next_is_worse(monkeypatch):
+    matrix = wishart(12, 48)
+    largest = float(np.linalg.eigvalsh(matrix)[-1])
+    monkeypatch.setattr(newton, "MOST_ITERATIONS", 4)
+    fourth, _ = newton.coupled_newton(matrix, 4, largest)
+    monkeypatch.setattr(newton, "MOST_ITERATIONS", 100)
+    honest, distances = newton._distance_from_identity, []
+
+    def distance(iterate):
+        distances.append(honest(iterate) * (1e3 if len(distances) > 4 else 1.0))
+        return distances[-1]
+
+    monkeypatch.setattr(newton, "_distance_from_identity", distance)
+    root, iterations = newton.coupled_newton(matrix, 4, largest)
+    assert iterations == 5
+    assert min(distances) == distances[4] < distances[5]
+    assert np.array_equal(root, fourth)
+
+
 def test_calibration_is_measured_once_and_decides(monkeypatch):
     monkeypatch.setattr(calibration, "_timings", {})
     measured = []
