@@ -43,13 +43,20 @@ def eigsy(matrix):
 
 
 class Oracle:
-    """The exact spectral decomposition of one symmetric float64 matrix."""
+    """The exact spectral decomposition of one symmetric float64 matrix; negative eigenvalues count as zero.
 
-    def __init__(self, matrix):
+    Args:
+        matrix: (n, n).
+        clips: False: they count as what they are.
+    """
+
+    def __init__(self, matrix, clips=True):
         assert np.finfo(LONG).eps < 1e-18, "needs a long double of 80 bits or more"
         values, vectors = eigsy(matrix)
         with mpmath.workdps(DIGITS):
-            self.values = [max(mpmath.mpf(str(value)), mpmath.mpf(0)) for value in values]
+            self.values = [mpmath.mpf(str(value)) for value in values]
+            if clips:
+                self.values = [max(value, mpmath.mpf(0)) for value in self.values]
         self.vectors = np.array([[LONG(str(entry)) for entry in row] for row in vectors])
 
     def condition(self, ridge):

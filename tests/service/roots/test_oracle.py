@@ -180,6 +180,10 @@ def test_negative_eigenvalues_and_asymmetry_at_rounding_level():
         check(matrix, oracle, p, RelativeRidge(1e-6), "eigh")
         # Far below the negative eigenvalues: they count as zero, not as what they are.
         check(matrix, oracle, p, RelativeRidge(1e-11), "eigh")
+    unclipped = Oracle(mean, clips=False)
+    for p in ORDERS:
+        # Newton's method never knows them, and takes the root of A + ridge I itself.
+        check(matrix, unclipped, p, RelativeRidge(1e-6), "schur_newton")
 
 
 @pytest.mark.parametrize("method", METHODS)
