@@ -195,6 +195,11 @@ class BlockStack:
     def adopt(self, rows: Sequence[int], sides: Sequence[Sequence[torch.Tensor]]) -> None:
         """Take new preconditioners into use.
 
+        They are copied to their rows rather than taken by reference: a batched product needs the blocks of a
+        stack side by side, and would else have to gather all of them in every step. Between two steps this
+        is as whole as swapping a reference; it is one launch, on the stream of training, whose steps before
+        it still read the old rows.
+
         Args:
             rows: the blocks.
             sides: per row, per side a float32 tensor of shape (n, n), best on this stack's device.
