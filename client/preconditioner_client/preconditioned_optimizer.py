@@ -33,6 +33,7 @@ class PreconditionedOptimizer(Optimizer):
         self._engine: Engine | None = None
         self._heavy_balls: list[bool] = []
         self._consolidated: dict[str, Any] | None = None
+        self._consolidated_at = 0
         self._warned = False
         super().__init__(params, defaults)
         self._engine = make_engine()
@@ -130,8 +131,10 @@ class PreconditionedOptimizer(Optimizer):
             return self._consolidated
         self._take_cycled_momentum()
         engine = self._planned()
-        # Before the first step there is nothing to lose; Accelerate asks for it then.
-        if engine.ranks.replicas > 1 and engine.step > 0 and not self._warned:
+        # Before the first step there is nothing to lose, and after a consolidation all ranks have taken part
+        # in it. Accelerate asks every rank then, and writes what one of them has.
+        known = engine.step in (0, self._consolidated_at)
+        if engine.ranks.replicas > 1 and not known and not self._warned:
             self._warned = True
             logger.warning(
                 "state_dict() of rank %d of %d holds the blocks of that rank alone: to save the state in one "
@@ -158,6 +161,7 @@ class PreconditionedOptimizer(Optimizer):
         checkpoint.write(self, engine)
         own = checkpoint.exported(engine, super().state_dict(), blocks=consolidation.receives(engine, to))
         self._consolidated = consolidation.collect(engine, own, to)
+        self._consolidated_at = engine.step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.

@@ -7,13 +7,18 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import grpc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed_attached_shards import alone, assert_resumes, assert_same, trained
+from distributed_scaler import assert_skipped_by_all
+from distributed_shards import END, aligned
 from distributed_training import (
+    SCHEDULED,
     assert_replicas_are_equal,
     make_model,
     make_optimizer,
@@ -124,19 +129,17 @@ def check_status(epoch):
     assert [(job.epoch, job.ranks) for job in jobs] == [(epoch, dist.get_world_size())]
 
 
+def scheduled():
+    """Settings with which no bit depends on when what arrives."""
+    schedule = replace(SCHEDULED, stale_timeout=30)
+    return {"staleness": schedule, "service": ServiceConfig(address=os.environ[ADDRESS], token=TOKEN)}
+
+
 def scheduled_runs_give_the_bits_of_one_process(folder):
-    schedule = StalenessConfig(
-        refresh_every=4, adoption="scheduled", delay=6, max_staleness=50, stale_timeout=30
-    )
     runs = []
     for distributed in ("auto", "off"):
         model = make_model()
-        optimizer = make_optimizer(
-            model,
-            staleness=schedule,
-            service=ServiceConfig(address=os.environ[ADDRESS], token=TOKEN),
-            distributed=distributed,
-        )
+        optimizer = make_optimizer(model, distributed=distributed, **scheduled())
         try:
             train(model, optimizer, range(24))
             assert optimizer.metrics()["wait_timeouts"] == 0
@@ -146,6 +149,18 @@ def scheduled_runs_give_the_bits_of_one_process(folder):
         runs.append(weights(model))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert_replicas_are_equal(model)
+
+
+def a_scaler_skips_what_is_infinite_on_one_rank(folder):
+    for kind in ("Shampoo", "fused"):
+        assert_skipped_by_all(kind, **scheduled())
+
+
+def an_attached_preconditioner_of_shards_resumes(folder):
+    model = assert_resumes(folder / "attached", aligned, method="adam", **scheduled())
+    single = trained(alone(aligned, method="adam", **scheduled()), range(END))
+    assert_same(model, single[0])
+    single[2].close()
 
 
 def kfac_on_both_ranks(folder):
@@ -170,5 +185,7 @@ def kfac_on_both_ranks(folder):
 SCENARIOS = [
     one_rank_loses_its_connection,
     scheduled_runs_give_the_bits_of_one_process,
+    a_scaler_skips_what_is_infinite_on_one_rank,
+    an_attached_preconditioner_of_shards_resumes,
     kfac_on_both_ranks,
 ]

@@ -47,13 +47,17 @@ def mesh_of(kind):
     return init_device_mesh("cpu", (size,))
 
 
-def sharded(make, kind="fsdp", **settings):
-    model = make()
+def shard(model, kind="fsdp"):
     mesh = mesh_of(kind)
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded(make, kind="fsdp", **settings):
+    model = shard(make(), kind)
     return model, make_optimizer(model, **settings)
 
 

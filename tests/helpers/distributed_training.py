@@ -6,10 +6,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from preconditioner_client import BlockingConfig, LocalExchange, Shampoo, StalenessConfig
+from preconditioner_client import (
+    BlockingConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StalenessConfig,
+    attach,
+)
 
 SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=5, max_staleness=20)
 EAGER = StalenessConfig(refresh_every=3, max_staleness=20)
+
+
+ADAMW = {"foreach": {"foreach": True}, "fused": {"fused": True}, "one by one": {"foreach": False}}
+"""The ways in which torch's AdamW takes its tensors."""
 
 
 def make_model(dtype=torch.float32):
@@ -29,6 +40,18 @@ def make_optimizer(model, **settings):
         "service": LocalExchange(1),
     }
     return Shampoo(model.named_parameters(), **(defaults | settings))
+
+
+def make_attached(model, way="foreach", method="adam", **settings):
+    """AdamW and the handle of what is attached to it."""
+    defaults = {
+        "grafting": GraftingConfig(method=method),
+        "blocking": BlockingConfig(block_size=8),
+        "staleness": SCHEDULED,
+        "service": LocalExchange(1),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW[way])
+    return optimizer, attach(optimizer, model, **(defaults | settings))
 
 
 def gradient(shape, index, step):

@@ -82,7 +82,10 @@ def end_fork(process: BaseProcess) -> None:
     """End it and what it has started, whatever they do."""
     if process.is_alive():
         assert process.pid is not None
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+        # It may end at any moment.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            whole = psutil.Process(process.pid)
+            for one in [*whole.children(recursive=True), whole]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
     process.join()
