@@ -19,7 +19,13 @@ from preconditioner_worker.results import (
 @pytest.fixture
 def make_run() -> Callable[..., RunResult]:
     def make(
-        name: str, losses: Sequence[float], *, every: int = 10, seconds: float = 0.5, seed: int = 0
+        name: str,
+        losses: Sequence[float],
+        *,
+        every: int = 10,
+        seconds: float = 0.5,
+        seed: int = 0,
+        first_loss: float = 9.0,
     ) -> RunResult:
         steps = every * len(losses)
         aged = name == "shampoo"
@@ -35,7 +41,7 @@ def make_run() -> Callable[..., RunResult]:
             metric="held-out loss (nats per byte)",
             parameters=10,
             steps=StepSeries(
-                loss=[2.0] * steps,
+                loss=[first_loss] + [2.0] * (steps - 1),
                 seconds=[seconds] * steps,
                 optimizer_seconds=[seconds / 10] * steps,
                 age=[(i % 7 if i > 3 else None) if aged else None for i in range(steps)],

@@ -59,6 +59,23 @@ def test_a_diverged_rival_is_counted_and_a_diverged_baseline_refused(make_run):
         compare([diverged], "sgd")
 
 
+def test_a_run_that_ends_above_its_first_batch_has_diverged(make_run):
+    risen = make_run("sgd", [3.0, 9.5], first_loss=9.0)
+    assert compare([make_run("adamw", [3.0, 2.0]), risen], "adamw").row("sgd").diverged == 1
+    with pytest.raises(ResultError, match="diverged with seed 0"):
+        compare([risen], "sgd")
+
+
+def test_runs_of_different_code_are_not_compared(make_run):
+    adamw, sgd = make_run("adamw", [3.0, 2.0]), make_run("sgd", [3.0, 2.0])
+    assert compare([adamw, sgd], "adamw").environment == adamw.environment
+    sgd.environment = sgd.environment.model_copy(update={"code": "0123456789abcdef"})
+    with pytest.raises(
+        ResultError, match=r"sgd-seed0 must not be compared .*code .* is not 0123456789abcdef"
+    ):
+        compare([adamw, sgd], "adamw")
+
+
 def test_what_cannot_be_compared(make_run):
     with pytest.raises(ResultError, match="no run of the baseline"):
         compare([make_run("sgd", [1.0])], "adamw")

@@ -15,6 +15,7 @@ from preconditioner_worker.contenders import (
     CONTENDERS,
     AnyContender,
     ContenderName,
+    KFACSettings,
     LAMBSettings,
     LARSSettings,
     Shampoo2020Settings,
@@ -97,6 +98,23 @@ def test_synchronous_shampoo_has_its_roots_in_the_step_of_their_snapshot():
     assert metrics["age_max"] == 4  # 0 in the step of a refresh
     assert metrics["versions_adopted"] == 4  # of both matrices, at steps 5 and 10
     optimizer.close()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_kfac_refreshes_less_often_while_factors_stay_the_same_if_asked_to(adaptive):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = KFACSettings(lr=1e-6, refresh_every=2, adaptive_refresh=adaptive, service="local:1").build(
+        model
+    )
+    x = torch.randn(32, 4)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    sent = optimizer.metrics()["snapshots_sent"]
+    optimizer.close()
+    assert sent == 20 if not adaptive else 2 <= sent <= 8
 
 
 def test_layerwise_methods_leave_biases_and_gains_alone():

@@ -34,7 +34,7 @@ def test_csv(make_run, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 20
     assert rows[0] == {
-        "step": "1", "loss": "2.0", "seconds": "0.5", "optimizer_seconds": "0.05", "age": "", "versions": "0"
+        "step": "1", "loss": "9.0", "seconds": "0.5", "optimizer_seconds": "0.05", "age": "", "versions": "0"
     }  # fmt: skip
     with (tmp_path / "shampoo-seed4-evaluations.csv").open(newline="") as file:
         assert [row["loss"] for row in csv.DictReader(file)] == ["3.0", "2.0"]

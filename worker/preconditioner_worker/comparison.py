@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.table import Table
 
-from preconditioner_worker.results import EvaluationPoint, ResultError, RunResult, RunSettings, write_text
+from preconditioner_worker.results import (
+    Environment,
+    EvaluationPoint,
+    ResultError,
+    RunResult,
+    RunSettings,
+    differences,
+    write_text,
+)
 from preconditioner_worker.tuning import committed
 
 
@@ -48,7 +56,7 @@ class Row(BaseModel):
     Attributes:
         label: of the runs.
         seeds: how many.
-        diverged: how many of them diverged.
+        diverged: how many of them diverged, see :func:`has_diverged`.
         steps: length of a run.
         final_loss: held-out, at the end; infinite for a run that diverged.
         final_loss_deviation: standard deviation over the seeds; None for one, or if one diverged.
@@ -88,6 +96,7 @@ class Comparison(BaseModel):
         baseline: label of the runs whose final held-out loss is the target, seed by seed.
         target_loss: median of the targets over seeds.
         rows: the baseline's first.
+        environment: of all runs; None in files that are older than it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +104,7 @@ class Comparison(BaseModel):
     baseline: str
     target_loss: float
     rows: list[Row]
+    environment: Environment | None = None
 
     def row(self, label: str) -> Row:
         """The row of ``label``."""
@@ -123,18 +133,27 @@ def crossing(run: RunResult, target: float) -> EvaluationPoint | None:
     return next((point for point in run.evaluations if point.loss <= target), None)
 
 
+def has_diverged(run: RunResult) -> bool:
+    """Whether a loss was not finite, or the last, on held-out data, is above that of the first batch."""
+    return run.diverged or run.final_loss > run.steps.loss[0]
+
+
 def compare(runs: Iterable[RunResult], baseline: str) -> Comparison:
     """Compare runs; those with the same label are seeds of one optimizer.
 
     Raises:
-        ResultError: a seed has no baseline, or the baseline diverged.
+        ResultError: a seed has no baseline, the baseline diverged, or runs are of different code or machines.
     """
     groups: dict[str, list[RunResult]] = {baseline: []}
+    environment: Environment | None = None
     for run in runs:
         groups.setdefault(run.settings.label, []).append(run)
+        environment = environment or run.environment
+        if found := differences(environment, run.environment):
+            raise ResultError(f"{run.settings.stem} must not be compared with the others: {'; '.join(found)}")
     targets: dict[int, RunResult] = {}
     for run in groups[baseline]:
-        if run.diverged:
+        if has_diverged(run):
             raise ResultError(f"the baseline {baseline!r} diverged with seed {run.settings.seed}: no target")
         targets[run.settings.seed] = run
     if not targets:
@@ -143,6 +162,7 @@ def compare(runs: Iterable[RunResult], baseline: str) -> Comparison:
         baseline=baseline,
         target_loss=median(run.final_loss for run in targets.values()),
         rows=[_row(label, group, targets) for label, group in groups.items()],
+        environment=environment,
     )
 
 
@@ -164,7 +184,7 @@ def _row(label: str, runs: Sequence[RunResult], targets: dict[int, RunResult]) -
     return Row(
         label=label,
         seeds=len(runs),
-        diverged=sum(run.diverged for run in runs),
+        diverged=sum(map(has_diverged, runs)),
         steps=runs[0].settings.steps,
         final_loss=median(losses),
         final_loss_deviation=stdev(losses) if len(losses) > 1 and isfinite(max(losses)) else None,

@@ -12,6 +12,7 @@ from torch import nn
 from preconditioner_client import (
     KFAC,
     Accumulation,
+    AdaptiveRefresh,
     BlockingConfig,
     Grafting,
     GraftingConfig,
@@ -201,6 +202,8 @@ class KFACSettings(OptimizerSettings):
     """Decay of the factors' average."""
     refresh_every: Steps | None = None
     """Steps between snapshots; null: as soon as the last is back, at most every 10."""
+    adaptive_refresh: bool = False
+    """Intervals that grow while factors stay the same (SP-NGD, arXiv 2002.06015)."""
     max_staleness: Steps = 200
     """Age up to which no step waits."""
     service: Service = "embedded"
@@ -216,6 +219,7 @@ class KFACSettings(OptimizerSettings):
             momentum=self.momentum,
             statistics=StatisticsConfig(beta=self.statistics_beta),
             staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
+            adaptive_refresh=AdaptiveRefresh() if self.adaptive_refresh else None,
             service=exchange(self.service),
         )
 

@@ -9,6 +9,7 @@ import pytest
 
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness import Study, StudyRun, Verdict, analyse, report
+from preconditioner_worker.staleness.completeness import missing
 from preconditioner_worker.staleness.report import headline, markdown
 
 COMMITTED = Path(__file__).parents[3] / "worker" / "results" / "staleness"
@@ -32,6 +33,18 @@ def test_verdicts_of_a_valid_study(study_runs: list[StudyRun]) -> None:
     assert {row.method for row in analysis.optimizers} == {"diagonal", "adamw", "adagrad"}
     assert "2 of 5 seeds" in analysis.missing
     assert "the arm P(N)" in analysis.missing
+
+
+def test_runs_that_are_shorter_than_the_full_ones_are_named(study_runs: list[StudyRun]) -> None:
+    steps = study_runs[0].fingerprint.settings.steps
+    assert steps < 12_000
+    assert f"{12_000 - steps} of the 12000 steps of a run" in missing(study_runs)
+    settings = study_runs[0].fingerprint.settings.model_copy(update={"steps": 12_000})
+    full = [
+        run.model_copy(update={"fingerprint": run.fingerprint.model_copy(update={"settings": settings})})
+        for run in study_runs
+    ]
+    assert not any("steps" in lack for lack in missing(full))
 
 
 def test_a_task_whose_negative_control_passes_is_void(study_runs: list[StudyRun]) -> None:

@@ -10,12 +10,18 @@ from preconditioner_worker.staleness.results import StudyRun
 from preconditioner_worker.staleness.specs import CONTROLS
 
 FULL_SEEDS = 5
+FULL_STEPS = 12_000
+"""Least length of a run: N = 1200 is a tenth of it."""
 
 
 def missing(runs: Iterable[StudyRun]) -> list[str]:
     """What the full study has and ``runs`` have not, in words."""
+    runs = list(runs)
     specs = [run.spec for run in runs]
     found = []
+    steps = min((run.fingerprint.settings.steps for run in runs), default=0)
+    if steps < FULL_STEPS:
+        found.append(f"{FULL_STEPS - steps} of the {FULL_STEPS} steps of a run")
     for kind in ArmKind:
         of_kind = [spec for spec in specs if spec.method == kind.value]
         if not of_kind:
