@@ -133,7 +133,7 @@ class LayerEngine(Engine):
     def advance(self, gradients: Sequence[MaybeTensors], guard: Guard | None = None) -> Mask:
         """See :meth:`Engine.advance`; what is given are the gradients of the parameters themselves."""
         # The engine below asks only which are there, as the statistics come from the layers.
-        self._filtered.clear()
+        self._filtered.clear()  # of a step that was broken off
         self._grafting.clear()
         usable = super().advance(gradients, guard)
         self._adapt()
@@ -172,6 +172,8 @@ class LayerEngine(Engine):
                 layer.split(matrix, direction, self._of(updates, layer.bias))
         if self._batch_norm is not None:
             self._precondition_batch_norms(self._batch_norm, filtered, updates)
+        # Else gradients would live through the next backward pass, beside those that it makes.
+        self._filtered.clear()
 
     def metrics(self) -> dict[str, Any]:
         """As those of Shampoo, and ``layers`` and ``factor_bytes_sent``, see ``KFAC.metrics``."""
