@@ -19,7 +19,7 @@ APART = {
         f"preconditioner_client.{module}"
         for module in ("announcement", "checkpoint", "checkpoint_check", "closures", "connect",
                        "consolidation", "memory", "options", "recording", "service_config",
-                       "service_exchange")
+                       "service_exchange", "step_memory")
     ),
     *(
         f"preconditioner_worker.{module}"
