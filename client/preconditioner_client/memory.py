@@ -23,30 +23,41 @@ what                    bytes
 
 The last three are the host's; on an accelerator preconditioners are there, too, before their adoption, and
 snapshots on their way out, which then counts as ``arrivals`` and within ``temporaries``.
+
+What K-FAC takes beside these, and its own ``temporaries``, has :mod:`preconditioner_client.kfac.memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from preconditioner_client.config import StalenessConfig
-from preconditioner_client.distribution import DistributedConfig, Ranks, is_dtensor, local
-from preconditioner_client.grafting import needs_second_moment, owns_weight_decay
-from preconditioner_client.guard import is_deferred
+from preconditioner_client.distribution import DistributedConfig, Ranks, is_dtensor
+from preconditioner_client.grafting import needs_second_moment
 from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, plan_group
 from preconditioner_client.sharing import gather_bytes
+from preconditioner_client.step_memory import (
+    applying_bytes,
+    deferred,
+    directions_bytes,
+    numbers_bytes,
+    stack_bytes,
+    working_bytes,
+    working_copies,
+)
 from preconditioner_protos import packed_length
-
-_NUMBERS_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on one rank, see :mod:`preconditioner_client.memory`. All are upper bounds."""
+    """Bytes on one rank, see :mod:`preconditioner_client.memory`. All are upper bounds.
+
+    The last four are K-FAC's alone, see :mod:`preconditioner_client.kfac.memory`.
+    """
 
     statistics: int
     preconditioners: int
@@ -58,6 +69,10 @@ class MemoryEstimate:
     outbox: int
     inbox: int
     in_flight: int
+    diagonals: int = 0
+    compared: int = 0
+    factor_buffers: int = 0
+    recorded: int = 0
 
     @property
     def host(self) -> int:
@@ -66,8 +81,8 @@ class MemoryEstimate:
 
     @property
     def persistent(self) -> int:
-        """What is on the parameters' device between two steps."""
-        return self.device - self.temporaries - self.arrivals
+        """What is on the parameters' device between a step and the next backward pass."""
+        return self.device - self.temporaries - self.arrivals - self.recorded
 
     @property
     def device(self) -> int:
@@ -101,42 +116,73 @@ def estimate_memory(
     Raises:
         ValueError: see ``Shampoo.estimate_memory``.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    ranks = _ranks_as_if(distributed, parameters, replicas, replica)
+    ranks = ranks_as_if(groups, distributed, replicas, replica)
+    settings = [
+        GroupSettings(blocking=group["blocking"], statistics=group["statistics"], root=group["root"])
+        for group in groups
+    ]
+    plans = plan_on_meta(settings, [[p.shape for p in group["params"]] for group in groups], ranks)
+    found = memory_of_blocks(groups, plans, ranks, staleness, credit_bytes)
+    return replace(found, temporaries=_temporaries(groups, plans))
+
+
+def plan_on_meta(
+    settings: Sequence[GroupSettings], shapes: Sequence[Sequence[tuple[int, ...]]], ranks: Ranks
+) -> list[GroupPlan]:
+    """The plans of groups whose parameters have these shapes; they take no memory."""
     loads = Loads()
     plans: list[GroupPlan] = []
-    for group in groups:
-        settings = GroupSettings(
-            blocking=group["blocking"], statistics=group["statistics"], root=group["root"]
-        )
-        shapes = [torch.empty(p.shape, device="meta") for p in group["params"]]
+    for of_group, shapes_of_group in zip(settings, shapes, strict=True):
+        parameters = [torch.empty(shape, device="meta") for shape in shapes_of_group]
         first = sum(len(plan.specs) for plan in plans)
-        plans.append(plan_group(settings, shapes, [""] * len(shapes), first, ranks, loads))
-    deferred = any(is_deferred(parameter.device) for parameter in parameters)
+        plans.append(plan_group(of_group, parameters, [""] * len(parameters), first, ranks, loads))
+    return plans
+
+
+def memory_of_blocks(
+    groups: Sequence[dict[str, Any]],
+    plans: Sequence[GroupPlan],
+    ranks: Ranks,
+    staleness: StalenessConfig,
+    credit_bytes: int,
+) -> MemoryEstimate:
+    """What follows from blocks and moments alone: all but the temporaries, which are left at 0."""
     sides = [n for plan in plans for spec in plan.specs for n in spec.sides]
-    full, packed = 4 * sum(n * n for n in sides), 4 * sum(map(packed_length, sides))
+    full, packed = 4 * sum(n * n for n in sides), packed_bytes(sides)
     under_way = staleness.snapshots_in_flight
     return MemoryEstimate(
         statistics=full,
         preconditioners=full,
         moments=sum(_moments(group) for group in groups),
-        triangles=8 * sum(map(packed_length, set(sides))),
+        triangles=triangle_bytes(sides),
         gather_buffers=gather_bytes(plans, ranks),
-        arrivals=under_way * full if deferred else 0,
-        temporaries=_temporaries(groups, plans, deferred, packed),
+        arrivals=under_way * full if deferred(groups) else 0,
+        temporaries=0,
         outbox=under_way * packed,
         inbox=under_way * full,
         in_flight=min(under_way * packed, credit_bytes),
     )
 
 
-def _ranks_as_if(
-    distributed: str | DistributedConfig,
-    parameters: Sequence[torch.Tensor],
-    replicas: int | None,
-    replica: int,
+def packed_bytes(sides: Iterable[int]) -> int:
+    """Of one packed snapshot with these sides."""
+    return 4 * sum(map(packed_length, sides))
+
+
+def triangle_bytes(sides: Iterable[int]) -> int:
+    """Of the indices that these sides are packed with."""
+    return 8 * sum(map(packed_length, set(sides)))
+
+
+def ranks_as_if(
+    groups: Sequence[dict[str, Any]], distributed: str | DistributedConfig, replicas: int | None, replica: int
 ) -> Ranks:
-    """How parameters lie over ranks, or would with that many replicas."""
+    """How parameters lie over ranks, or would with that many replicas.
+
+    Raises:
+        ValueError: see ``Shampoo.estimate_memory``.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
     if replicas is None:
         return Ranks.of(distributed, parameters, [""] * len(parameters))
     if not 0 <= replica < replicas:
@@ -152,19 +198,12 @@ def _ranks_as_if(
     )
 
 
-def _working(parameters: Sequence[torch.Tensor]) -> int:
-    """Bytes of a gradient's working copy of these parameters."""
-    return sum(local(p).numel() * max(4, p.element_size()) for p in parameters)
-
-
 def _moments(group: dict[str, Any]) -> int:
     kinds: int = (group["beta1"] > 0) + needs_second_moment(group["grafting"]) + (group["momentum"] > 0)
-    return kinds * _working(group["params"])
+    return kinds * working_bytes(group["params"])
 
 
-def _temporaries(
-    groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan], deferred: bool, packed: int
-) -> int:
+def _temporaries(groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan]) -> int:
     """The largest moment of a step, beside what stays and what is under way.
 
     Gradients that are not used as they are (half precision, coupled weight decay, ``maximize``) have a
@@ -173,55 +212,16 @@ def _temporaries(
     filtered gradient, the denominators and the directions; while blocks are preconditioned, the filtered
     gradient, the directions, and some copies of a stack; while updates are applied, their converted copies.
     """
-    copies = 0
-    for group in groups:
-        changed = group["maximize"] or _coupled(group)
-        copies += _working([p for p in group["params"] if changed or p.element_size() < 4])
-    peak = copies + (packed if deferred else 0)
+    copies = working_copies(groups)
+    packed = packed_bytes(n for plan in plans for spec in plan.specs for n in spec.sides)
+    peak = copies + (packed if deferred(groups) else 0)
     updates = 0
     for group, plan in zip(groups, plans, strict=True):
-        working = _working(group["params"])
-        filtered = working if group["beta1"] > 0 else 0
-        half = _working([p for p in group["params"] if p.element_size() < 4])
-        weights = half if owns_weight_decay(group["grafting"]) else 0
-        denominators = working if needs_second_moment(group["grafting"]) else 0
-        accumulating, preconditioning = _stacks(group, plan)
+        found = directions_bytes(group)
+        accumulating, preconditioning = stack_bytes(group, plan)
         peak = max(peak, copies + accumulating)
-        found = copies + updates + filtered + weights + working
-        peak = max(peak, found + max(denominators, preconditioning))
-        updates += working
-    for group in groups:
-        working = _working(group["params"])
-        applied = working if group["nesterov"] else 0
-        applied += sum(local(p).nbytes for p in group["params"] if p.element_size() < 4)
-        if deferred:
-            applied += 2 * working
-        peak = max(peak, copies + updates + applied)
-    # Norms, verdicts and factors: some numbers for every parameter and block.
-    numbers = sum(len(plan.names) + len(plan.specs) for plan in plans)
-    return peak + _NUMBERS_BYTES * numbers
-
-
-def _coupled(group: dict[str, Any]) -> bool:
-    decoupled = group["decoupled_weight_decay"] or owns_weight_decay(group["grafting"])
-    return bool(group["weight_decay"]) and not decoupled
-
-
-def _stacks(group: dict[str, Any], plan: GroupPlan) -> tuple[int, int]:
-    """Most bytes while a stack of this rank is accumulated, and while it is preconditioned."""
-    converted = any(p.element_size() > 4 for p in group["params"])
-    blends = group["grafting"].blend_steps > 0
-    accumulating = preconditioning = 0
-    for entry in plan.stacks:
-        stack = entry.stack
-        size = 4 * len(stack) * stack.members[0].place.numel
-        # A single float32 block is looked at where it lies.
-        gathered = size if len(stack) > 1 or converted else 0
-        gathering = gathered + (2 * size if len(stack) > 1 and converted else 0)
-        # One of more than two dimensions is rearranged.
-        rearranged = size if len(stack.shape) > 2 else 0
-        accumulating = max(accumulating, gathering, gathered + rearranged)
-        product = gathered + min(2, len(stack.sides)) * size + rearranged
-        grafted = gathered + 2 * size + max(rearranged, size if blends else 0)
-        preconditioning = max(preconditioning, product, size + gathering, grafted)
-    return accumulating, preconditioning
+        having = copies + updates + found.filtered + found.weights + found.updates
+        peak = max(peak, having + max(found.denominators, preconditioning))
+        updates += found.updates
+    peak = max(peak, copies + updates + applying_bytes(groups))
+    return peak + numbers_bytes(plans)

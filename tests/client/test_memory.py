@@ -26,6 +26,10 @@ SETTINGS = {
     "default": (LINEAR, {}),
     "one kind of blocks": ([(512, 512)], {"blocking": BlockingConfig(block_size=64)}),
     "momentum, blended": (LINEAR, {"momentum": 0.9, "grafting": GraftingConfig(blend_steps=50)}),
+    "lengths as they come, blended": (
+        LINEAR,
+        {"beta1": 0.0, "grafting": GraftingConfig(method="none", blend_steps=50)},
+    ),
     "sgd alone": (LINEAR, {"beta1": 0.0, "grafting": GraftingConfig(method="sgd")}),
     "bfloat16, lamb, nesterov": (
         LINEAR,

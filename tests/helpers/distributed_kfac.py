@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import assert_replicas_are_equal, on_all_ranks
-from kfac_models import Convolutional, Words, seeded, train
+from kfac_models import Convolutional, Dense, Words, batch, loss_of, seeded, train
+from live_tensors import Waiting, assert_is_bound, peaks_of_training
 from preconditioner_client import KFAC, BlockingConfig, DistributedConfig, LocalExchange, StalenessConfig
 
 EVERY_STEP = StalenessConfig(refresh_every=1, max_staleness=1)
@@ -149,6 +152,44 @@ def torch_saves_and_loads_the_parts_of_all_ranks(folder):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+def memory_of_owners_is_as_the_formula_has_it(folder):
+    """Every rank owns other blocks, and keeps what hooks record of all layers."""
+    bfloat16 = DistributedConfig(communication_dtype=torch.bfloat16, overlap=True)
+    for config, dtype in ((DistributedConfig(), torch.float16), (bfloat16, torch.float32)):
+        for kind in (
+            lambda: Dense(256, 300),
+            lambda: Convolutional(channels=16),
+            lambda: Words(2000, 64, 100),
+        ):
+            model = seeded(kind)
+            optimizer = make(
+                model,
+                service=Waiting(),
+                staleness=StalenessConfig(refresh_every=2, stagger=False),
+                blocking=BlockingConfig(block_size=256),
+                distributed=config,
+                factor_dtype=dtype,
+            )
+            estimate = optimizer.estimate_memory()
+            as_if = optimizer.estimate_memory(replicas=dist.get_world_size(), replica=dist.get_rank())
+            assert as_if == estimate
+            examples = batch(model, 0, size=2)
+            peaks = peaks_of_training(
+                model, optimizer, lambda m=model, e=examples: loss_of(m, *e).backward(), examples
+            )
+            assert_is_bound(estimate, *peaks)
+
+
+def sharded_layers_are_refused(folder):
+    model = seeded(lambda: Dense(16))
+    fully_shard(model)
+    optimizer = make(model)
+    with pytest.raises(ValueError, match="whole layers"):
+        optimizer.estimate_memory()
+    with pytest.raises(ValueError, match=r"1\.weight is sharded \(DTensor\): K-FAC needs whole layers"):
+        optimizer.state_dict()
+
+
 SCENARIOS = [
     replicas_train_as_one_process_on_the_whole_batch,
     half_precision_halves_the_bytes,
@@ -156,4 +197,6 @@ SCENARIOS = [
     a_replica_without_a_batch_of_a_layer_stays_the_same,
     a_consolidated_state_resumes_on_one_rank_and_on_all,
     torch_saves_and_loads_the_parts_of_all_ranks,
+    memory_of_owners_is_as_the_formula_has_it,
+    sharded_layers_are_refused,
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +22,20 @@ class Convolutional(nn.Sequential):
             nn.Flatten(),
             nn.Linear(2 * channels * 16, classes),
         )
+
+
+class Dense(nn.Sequential):
+    """Images of 8 x 8 to classes, with linear layers only, in any dtype."""
+
+    def __init__(self, *widths, classes=10):
+        sides = (64, *widths, classes)
+        layers = [nn.Linear(n, m) for n, m in itertools.pairwise(sides)]
+        super().__init__(
+            nn.Flatten(), *(part for layer in layers[:-1] for part in (layer, nn.Tanh())), layers[-1]
+        )
+
+    def forward(self, images):
+        return super().forward(images.to(self[1].weight.dtype))
 
 
 class Words(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,3 +80,41 @@ def peak_of_steps(optimizer, steps=5, adopts=True, metrics=None):
             optimizer.step()
     assert ((metrics or optimizer.metrics)()["versions_adopted"] > 0) == adopts
     return live.peak
+
+
+def peaks_of_training(model, optimizer, backward, known, passes=1, during_backward=True):
+    """Bytes of tensors beside model, gradients and batch, at worst: at any moment, and after a step.
+
+    Args:
+        model: what is trained.
+        optimizer: what the tensors are of.
+        backward: the forward and backward pass.
+        known: tensors of the batch.
+        passes: how often it is made for a step.
+        during_backward: else only what it leaves is counted.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    live = LiveTensors([*known, *model.parameters(), *model.buffers(), *gradients])
+    after = 0
+    for _ in range(6):
+        optimizer.zero_grad(set_to_none=False)
+        with live if during_backward else contextlib.nullcontext():
+            for _ in range(passes):
+                backward()
+        with live:
+            optimizer.step()
+        after = max(after, live.bytes_now())
+    return live.peak, after
+
+
+def assert_is_bound(estimate, peak, after):
+    """Hold an estimate against what :func:`peaks_of_training` found: above it, and not far."""
+    # What the wire has under way is in no tensor.
+    expected = estimate.total - estimate.in_flight
+    print(f"formula / measured {expected / peak:.3f}, {peak=} {dataclasses.asdict(estimate)}")
+    assert peak <= expected <= 1.3 * peak
+    kept = estimate.persistent + estimate.outbox + estimate.inbox
+    # Some numbers that are kept are counted with the temporaries.
+    assert 0.999 * after <= kept <= 1.3 * after

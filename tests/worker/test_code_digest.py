@@ -18,8 +18,8 @@ APART = {
     *(
         f"preconditioner_client.{module}"
         for module in ("announcement", "checkpoint", "checkpoint_check", "closures", "connect",
-                       "consolidation", "memory", "options", "recording", "service_config",
-                       "service_exchange")
+                       "consolidation", "kfac.memory", "memory", "options", "recording",
+                       "service_config", "service_exchange", "step_memory")
     ),
     *(
         f"preconditioner_worker.{module}"

@@ -50,6 +50,9 @@ class LayerEngine(Engine):
         factor_dtype: in which replicas send each other factors.
         adaptive: intervals between snapshots; None: constant.
         staleness: see :class:`Engine`, as for the rest.
+
+    Attributes:
+        factor_dtype: as given.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class LayerEngine(Engine):
         self._diagonals = diagonals
         self._damping = damping
         self._batch_norm = batch_norm
-        self._factor_dtype = factor_dtype
+        self.factor_dtype = factor_dtype
         self._adaptive = adaptive
         self._intervals = Intervals(staleness.interval, staleness.max_staleness // 2)
         self._by_weight: dict[torch.Tensor, MatrixLayer] = {layer.weight: layer for layer in layers.matrices}
@@ -104,23 +107,31 @@ class LayerEngine(Engine):
                     f"{name} is sharded (DTensor): K-FAC needs whole layers; train it under "
                     f"DistributedDataParallel, or with Shampoo"
                 )
-        layers = [self._by_weight.get(parameter) for parameter in parameters]
-        kinds = tuple(
-            PLAIN if layer is None else EMBEDDING if layer.is_embedding else MATRIX for layer in layers
-        )
-        of_layers = LayerSettings(
-            blocking=settings.blocking,
-            statistics=settings.statistics,
-            root=settings.root,
-            kinds=kinds,
-            similar_below=None if self._adaptive is None else self._adaptive.similar_below,
-        )
+        of_layers = self.layer_settings(settings, parameters)
         number = len(self._groups)
         super().add_group(of_layers, [self._placeholder(p) for p in parameters], names, parameters, update)
         self._groups.append(list(parameters))
         self._place.update({p: (number, index) for index, p in enumerate(parameters)})
         self._reduction = None
         self._intervals.extend(self.refresher.versions.size)
+
+    def layer_settings(self, settings: GroupSettings, parameters: Sequence[torch.Tensor]) -> LayerSettings:
+        """What the layers of a group with these parameters are cut with."""
+        layers = [self._by_weight.get(parameter) for parameter in parameters]
+        return LayerSettings(
+            blocking=settings.blocking,
+            statistics=settings.statistics,
+            root=settings.root,
+            kinds=tuple(
+                PLAIN if layer is None else EMBEDDING if layer.is_embedding else MATRIX for layer in layers
+            ),
+            similar_below=None if self._adaptive is None else self._adaptive.similar_below,
+        )
+
+    def matrix_shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Of a layer's matrix for its weight; of any other parameter its own shape."""
+        layer = self._by_weight.get(parameter)
+        return tuple(parameter.shape) if layer is None else layer.shape
 
     def forget_moved(self, groups: Sequence[Sequence[torch.Tensor]]) -> bool:
         """See :meth:`Engine.forget_moved`; what is given are the parameters themselves."""
@@ -133,7 +144,7 @@ class LayerEngine(Engine):
     def advance(self, gradients: Sequence[MaybeTensors], guard: Guard | None = None) -> Mask:
         """See :meth:`Engine.advance`; what is given are the gradients of the parameters themselves."""
         # The engine below asks only which are there, as the statistics come from the layers.
-        self._filtered.clear()
+        self._filtered.clear()  # of a step that was broken off
         self._grafting.clear()
         usable = super().advance(gradients, guard)
         self._adapt()
@@ -172,6 +183,8 @@ class LayerEngine(Engine):
                 layer.split(matrix, direction, self._of(updates, layer.bias))
         if self._batch_norm is not None:
             self._precondition_batch_norms(self._batch_norm, filtered, updates)
+        # Else gradients would live through the next backward pass, beside those that it makes.
+        self._filtered.clear()
 
     def metrics(self) -> dict[str, Any]:
         """As those of Shampoo, and ``layers`` and ``factor_bytes_sent``, see ``KFAC.metrics``."""
@@ -306,17 +319,16 @@ class LayerEngine(Engine):
 
     def _placeholder(self, parameter: torch.Tensor) -> torch.Tensor:
         """What has a layer's shape and device, and takes no memory."""
-        layer = self._by_weight.get(parameter)
         known = self._placeholders.get(parameter)
         if known is None or known.device != parameter.device:
-            shape = tuple(parameter.shape) if layer is None else layer.shape
+            shape = self.matrix_shape(parameter)
             known = self._placeholders[parameter] = parameter.detach().new_zeros(()).expand(shape)
         return known
 
     def _reducing(self) -> FactorReduction:
         if self._reduction is None:
             device = self.parameters[0].device
-            self._reduction = FactorReduction(self.plans, self.ranks, self._factor_dtype, device)
+            self._reduction = FactorReduction(self.plans, self.ranks, self.factor_dtype, device)
         return self._reduction
 
     def _is_due(self, weight: torch.Tensor) -> bool:

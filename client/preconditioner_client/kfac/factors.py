@@ -42,8 +42,10 @@ class Factors:
     output: torch.Tensor
     input: torch.Tensor
 
-    def __add__(self, other: Factors) -> Factors:
-        return Factors(self.examples + other.examples, self.output + other.output, self.input + other.input)
+    def add_(self, other: Factors) -> Factors:
+        """The sum over the batches of both, in the memory of this one."""
+        output, inputs = self.output.add_(other.output), self.input.add_(other.input)
+        return Factors(self.examples + other.examples, output, inputs)
 
 
 def linear_factors(inputs: torch.Tensor, gradients: torch.Tensor, bias: bool) -> Factors:
@@ -60,7 +62,7 @@ def linear_factors(inputs: torch.Tensor, gradients: torch.Tensor, bias: bool) ->
     if bias:
         a = F.pad(a, (0, 1), value=1.0)
     # N G = N sum (N dy)(N dy)ᵀ / N
-    return Factors(examples, (g.mT @ g) * float(examples) ** 2, a.mT @ a)
+    return Factors(examples, (g.mT @ g).mul_(float(examples) ** 2), a.mT @ a)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +108,7 @@ def convolution_factors(
     if bias:
         a = F.pad(a, (0, 1), value=1.0)
     places = g.shape[0] // examples
-    return Factors(examples, (g.mT @ g) * (float(examples) ** 2 / places), a.mT @ a)
+    return Factors(examples, (g.mT @ g).mul_(float(examples) ** 2 / places), a.mT @ a)
 
 
 def embedding_factors(indices: torch.Tensor, gradients: torch.Tensor, rows: int) -> Factors:
@@ -121,7 +123,7 @@ def embedding_factors(indices: torch.Tensor, gradients: torch.Tensor, rows: int)
     flat = indices.reshape(-1)
     counts = torch.zeros(rows, device=g.device).index_add_(0, flat, torch.ones_like(flat, dtype=g.dtype))
     examples = g.shape[0]
-    return Factors(examples, (g.mT @ g) * float(examples) ** 2, counts)
+    return Factors(examples, (g.mT @ g).mul_(float(examples) ** 2), counts)
 
 
 def normalised(

@@ -91,7 +91,7 @@ class MatrixLayer:
             inputs, gradients = (t.unsqueeze(0) if unbatched else t for t in (inputs, gradients))
             inputs, gradients = (t.unsqueeze(2) if flat else t for t in (inputs, gradients))
             new = convolution_factors(inputs, gradients, bias, convolution_shape(self.module))
-        self.factors = new if self.factors is None else self.factors + new
+        self.factors = new if self.factors is None else self.factors.add_(new)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -39,7 +39,9 @@ from preconditioner_client.kfac.diagonals import DiagonalStatistics
 from preconditioner_client.kfac.engine import Direction, LayerEngine
 from preconditioner_client.kfac.factors import diagonal_direction, unit_wise_direction
 from preconditioner_client.kfac.layers import find_layers
+from preconditioner_client.kfac.memory import estimate_memory
 from preconditioner_client.kfac.recording import GradScale
+from preconditioner_client.memory import MemoryEstimate
 from preconditioner_client.options import check_number, config
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
@@ -197,6 +199,23 @@ class KFAC(PreconditionedOptimizer):
     def metrics(self) -> dict[str, Any]:
         """As ``Shampoo.metrics``, with ``layers`` and ``factor_bytes_sent`` (to other ranks)."""
         return super().metrics()
+
+    def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
+        """As ``Shampoo.estimate_memory``, with the factors that hooks record.
+
+        What depends on the batch is not in it: copies of a layer's inputs and output gradients while its
+        hook runs, see :mod:`preconditioner_client.kfac.memory`.
+
+        Args:
+            replicas: see ``Shampoo.estimate_memory``.
+            replica: see ``Shampoo.estimate_memory``.
+
+        Raises:
+            ValueError: ``replica`` is none of ``replicas``, or a parameter is sharded.
+        """
+        self._take_cycled_momentum()
+        engine = cast(LayerEngine, self._engine)
+        return estimate_memory(self.param_groups, engine, self._layers, self._diagonals, replicas, replica)
 
     def own_state_shapes(self, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
         """See :class:`PreconditionedOptimizer`."""

@@ -43,17 +43,8 @@ class FactorReduction:
         self._ranks = ranks
         self._dtype = dtype
         self._device = device
-        self._owned: list[list[tuple[Key, PlannedBlock]]] = [[] for _ in range(ranks.replicas)]
-        for group, plan in enumerate(plans):
-            for position, block in enumerate(plan.blocks):
-                self._owned[block.replica].append(((group, position), block))
-        heads = max(sum(1 + len(block.sides) for _, block in owned) for owned in self._owned)
-        values = max(
-            sum(n * (n + 1) // 2 for _, block in owned for n in block.sides) for owned in self._owned
-        )
-        self._head = 4 * heads
-        # A multiple of 8 bytes, as views in other dtypes need it.
-        self._part = -(-(self._head + dtype.itemsize * values) // 8) * 8
+        self._owned = _owned(plans, ranks)
+        self._head, self._part = _lengths(self._owned, dtype)
         self._sent = torch.zeros(ranks.replicas, self._part, dtype=torch.uint8, device=device)
         self._received = torch.zeros_like(self._sent)
 
@@ -122,6 +113,32 @@ class FactorReduction:
         payload = rows[:, self._head :]
         payload = payload[:, : payload.shape[1] // self._dtype.itemsize * self._dtype.itemsize]
         return rows[:, : self._head].view(torch.float32), payload.view(self._dtype)
+
+
+def reduction_bytes(plans: Sequence[GroupPlan], ranks: Ranks, dtype: torch.dtype) -> int:
+    """Memory of the buffers of :class:`FactorReduction` on every replica; 0 where nothing is reduced."""
+    if ranks.replicas == 1 or not any(plan.blocks for plan in plans):
+        return 0
+    return 2 * ranks.replicas * _lengths(_owned(plans, ranks), dtype)[1]
+
+
+def _owned(plans: Sequence[GroupPlan], ranks: Ranks) -> list[list[tuple[Key, PlannedBlock]]]:
+    """The blocks of each replica."""
+    owned: list[list[tuple[Key, PlannedBlock]]] = [[] for _ in range(ranks.replicas)]
+    for group, plan in enumerate(plans):
+        for position, block in enumerate(plan.blocks):
+            owned[block.replica].append(((group, position), block))
+    return owned
+
+
+def _lengths(owned: Sequence[Sequence[tuple[Key, PlannedBlock]]], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the numbers and scales of the largest share, and of all that travels of it."""
+    heads = max(sum(1 + len(block.sides) for _, block in of_replica) for of_replica in owned)
+    values = max(
+        sum(n * (n + 1) // 2 for _, block in of_replica for n in block.sides) for of_replica in owned
+    )
+    # A multiple of 8 bytes, as views in other dtypes need it.
+    return 4 * heads, -(-(4 * heads + dtype.itemsize * values) // 8) * 8
 
 
 def _unpacked(packed: torch.Tensor, n: int) -> torch.Tensor:

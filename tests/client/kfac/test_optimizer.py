@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from kfac_models import Convolutional, Words, batch, loss_of, seeded, train
@@ -167,6 +168,15 @@ def test_factors_are_taken_only_when_they_are_due():
         optimizer.step()
         assert layer.factors is None
     assert optimizer.state_dict()["state"][1]["block.0:9,0:5.updates"] == 2
+
+
+def test_gradients_do_not_outlive_their_step():
+    model = seeded(Convolutional)
+    optimizer = kfac(model)
+    train(model, optimizer, range(2))
+    gradients = [StorageWeakRef(parameter.grad.untyped_storage()) for parameter in model.parameters()]
+    optimizer.zero_grad()
+    assert all(gradient.expired() for gradient in gradients)
 
 
 def test_bad_gradients_change_nothing_and_leave_nothing_behind():
