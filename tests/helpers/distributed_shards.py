@@ -22,7 +22,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from distributed_training import EAGER, SCHEDULED, gradient, make_optimizer, on_all_ranks, set_gradients
-from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo
+from preconditioner_client import (
+    BlockingConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StatisticsConfig,
+)
 from scripted_exchange import ScriptedExchange
 
 STOP, END = 10, 24
@@ -401,14 +407,104 @@ def moments_are_resharded_exactly(folder):
             assert torch.equal(whole(optimizer.state[p][key]), reference.state[q][key])
 
 
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def resumed_from_full(make, state, weights):
+    """A new model and optimizer from a full state dict on rank 0, and what was logged meanwhile."""
+    model, optimizer = make()
+    for p, value in zip(model.parameters(), weights, strict=True):
+        p.data.copy_(
+            distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+        )
+    handler = Warnings()
+    logging.getLogger("preconditioner_client").addHandler(handler)
+    set_optimizer_state_dict(model, optimizer, state if dist.get_rank() == 0 else {}, options=BROADCAST)
+    logging.getLogger("preconditioner_client").removeHandler(handler)
+    return model, optimizer, handler.messages
+
+
+def replicas():
+    model = aligned()
+    return model, make_optimizer(model)
+
+
 def whole_state_by_torch(folder):
     """A full state dict on rank 0, as torch gathers it: moments are whole, blocks are rank 0's."""
-    model, optimizer = sharded(aligned)
+    for make in (lambda: sharded(aligned), replicas):
+        model, optimizer = make()
+        train(model, optimizer, range(STOP))
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        assert not any(isinstance(v, DTensor) for s in state.get("state", {}).values() for v in s.values())
+        weights = [whole(p).detach().clone() for p in model.parameters()]
+        other, resumed, logged = resumed_from_full(make, state, weights)
+        assert resumed.metrics()["step"] == STOP
+        if dist.get_rank() == 0:
+            assert not logged
+            assert resumed.metrics()["blocks_with_version"] == resumed.metrics()["blocks"]
+        else:
+            blocks = resumed.metrics()["blocks"]
+            (warning,) = logged
+            assert warning.startswith(f"{blocks} of {blocks} blocks of this rank start with new statistics")
+            assert "full_state_dict" in warning
+            assert "consolidate_state_dict()" in warning
+        train(other, resumed, range(STOP, END))
+
+
+def a_consolidated_state_is_whole_in_a_full_state_dict_of_torch(folder):
+    for make in (lambda: sharded(aligned), replicas):
+        model, optimizer = make()
+        train(model, optimizer, range(STOP))
+        weights = [whole(p).detach().clone() for p in model.parameters()]
+        optimizer.consolidate_state_dict()
+        # Asking does not change what the next one is told.
+        for _ in range(2):
+            state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        other, resumed, logged = resumed_from_full(make, state, weights)
+        assert not logged
+        train(model, optimizer, range(STOP, END))
+        train(other, resumed, range(STOP, END))
+        assert_same(other, model)
+
+
+def a_consolidated_state_is_saved_by_torch(folder):
+    model, optimizer = sharded(uneven)
     train(model, optimizer, range(STOP))
-    options = StateDictOptions(full_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    if dist.get_rank() == 0:
-        assert not any(isinstance(v, DTensor) for s in state["state"].values() for v in s.values())
+    optimizer.consolidate_state_dict()
+    for name, options in OPTIONS.items():
+        dcp.save(state_of(model, optimizer, options), checkpoint_id=folder / f"consolidated-{name}")
+    train(model, optimizer, range(STOP, END))
+    for name, options in OPTIONS.items():
+        resumed = sharded(uneven)
+        load(*resumed, folder / f"consolidated-{name}", options)
+        train(*resumed, range(STOP, END))
+        assert_same(resumed[0], model)
+
+
+def parameters_without_gradients_have_lost_no_statistics(folder):
+    """Neither one that never had any, nor one that had none in the steps that statistics take."""
+    for every, without in ((1, lambda step: {2, 3}), (4, lambda step: {2} if step % 4 == 3 else set())):
+
+        def make(every=every):
+            return sharded(aligned, statistics=StatisticsConfig(every=every))
+
+        model, optimizer = make()
+        for step in range(8):
+            set_gradients(model, step, without(step))
+            for index, p in enumerate(model.parameters()):
+                if p.grad is not None:
+                    p.grad = distribute_tensor(gradient(p.shape, index, step), p.device_mesh, p.placements)
+            optimizer.step()
+        path = folder / f"without-gradients-{every}"
+        dcp.save(state_of(model, optimizer), checkpoint_id=path)
+        handler = Warnings()
+        logging.getLogger("preconditioner_client").addHandler(handler)
+        resumed = make()
+        load(*resumed, path)
+        logging.getLogger("preconditioner_client").removeHandler(handler)
+        assert resumed[1].metrics()["step"] == 8
+        assert not handler.messages
 
 
 ON_TWO_RANKS = [
@@ -422,6 +518,9 @@ ON_TWO_RANKS = [
     a_consolidated_state_of_shards_loads_everywhere,
     a_part_of_other_shards_is_refused_by_name,
     whole_state_by_torch,
+    a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
+    a_consolidated_state_is_saved_by_torch,
+    parameters_without_gradients_have_lost_no_statistics,
 ]
 ON_FOUR_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
