@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import accelerate
 import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import StateDictType, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_training
@@ -158,8 +162,50 @@ def accelerate_resumes_bit_for_bit(folder):
             assert "holds the blocks of that rank alone" in log.messages.pop()
 
 
+def trained_shards(attached):
+    """A sharded model after a few steps, and its optimizer."""
+    model = fully_shard(small_model())
+    optimizer = make(model, attached)
+    for x, y in DataLoader(TensorDataset(*data()), batch_size=16):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def has_shards(optimizer):
+    state = optimizer.state_dict()
+    states = [*state["state"].values(), *state.get("preconditioner", {"state": []})["state"]]
+    return any(isinstance(value, DTensor) for of_parameter in states for value in of_parameter.values())
+
+
+def callbacks_leave_to_torch_what_is_sharded(folder):
+    """But for a full state dict, which torch alone does not make whole."""
+    saving, two = SimpleNamespace(should_save=True), SimpleNamespace(world_size=dist.get_world_size())
+    model, optimizer = trained_shards(attached=False)
+    for name, whole in (("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)):
+        plugin = SimpleNamespace(state_dict_type=getattr(StateDictType, name))
+        prepared = SimpleNamespace(
+            optimizer=optimizer,
+            param_groups=optimizer.param_groups,
+            accelerator_state=SimpleNamespace(fsdp_plugin=plugin),
+        )
+        hf_callback().on_step_end(two, None, saving, optimizer=prepared)
+        assert has_shards(optimizer) != whole
+    model, optimizer = trained_shards(attached=True)
+    states = [get_optimizer_state_dict(model, optimizer)]
+    before = optimizer.state_dict()["preconditioner"]["state"]
+    trainer = SimpleNamespace(world_size=2, optimizers=[optimizer], is_global_zero=dist.get_rank() == 0)
+    checkpoint = {"optimizer_states": list(states)}
+    lightning_callback().on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["optimizer_states"][0] is states[0]
+    after = optimizer.state_dict()["preconditioner"]["state"]
+    assert [state.keys() for state in before] == [state.keys() for state in after]
+
+
 SCENARIOS = [
     the_hugging_face_trainer_resumes_bit_for_bit,
     lightning_resumes_bit_for_bit,
     accelerate_resumes_bit_for_bit,
+    callbacks_leave_to_torch_what_is_sharded,
 ]
