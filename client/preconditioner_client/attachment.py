@@ -159,6 +159,7 @@ class Attachment:
         """
         self._plan()
         checkpoint_check.check_format(state_dict)
+        checkpoint_check.check_keys(state_dict, "state")
         saved: list[dict[str, Any]] = state_dict["state"]
         shards = state_dict.get(checkpoint.SHARDS_KEY)
         groups = [group["params"] for group in self._optimizer.param_groups]
