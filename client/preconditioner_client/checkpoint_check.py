@@ -88,7 +88,7 @@ def _check_size(saved: dict[str, Any], plan: GroupPlan) -> None:
     name = known[first] if first < len(known) else f"parameter {first}"
     raise ValueError(
         f"the checkpoint has a group of {sizes[0]} parameters where the optimizer has {sizes[1]}; they "
-        f"differ from {name} on: make the groups of the same parameters, in the same order, as when it was saved"
+        f"differ from {name} on: make groups of the same parameters in the same order as when it was saved"
     )
 
 
