@@ -9,9 +9,14 @@ import accelerate
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.fsdp import StateDictType, fully_shard
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -162,14 +167,18 @@ def accelerate_resumes_bit_for_bit(folder):
             assert "holds the blocks of that rank alone" in log.messages.pop()
 
 
+def train_shards(model, optimizer):
+    for x, y in DataLoader(TensorDataset(*data()), batch_size=4):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
 def trained_shards(attached):
     """A sharded model after a few steps, and its optimizer."""
     model = fully_shard(small_model())
     optimizer = make(model, attached)
-    for x, y in DataLoader(TensorDataset(*data()), batch_size=16):
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
+    train_shards(model, optimizer)
     return model, optimizer
 
 
@@ -180,11 +189,15 @@ def has_shards(optimizer):
 
 
 def callbacks_leave_to_torch_what_is_sharded(folder):
-    """But for a full state dict, which torch alone does not make whole."""
+    """But for a full state dict, which torch alone does not make whole.
+
+    Saved and loaded by what the ``Trainer`` calls; itself it shards on accelerators only.
+    """
     saving, two = SimpleNamespace(should_save=True), SimpleNamespace(world_size=dist.get_world_size())
-    model, optimizer = trained_shards(attached=False)
+    accelerator = SimpleNamespace(process_index=dist.get_rank(), wait_for_everyone=dist.barrier)
     for name, whole in (("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)):
-        plugin = SimpleNamespace(state_dict_type=getattr(StateDictType, name))
+        model, optimizer = trained_shards(attached=False)
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=name)
         prepared = SimpleNamespace(
             optimizer=optimizer,
             param_groups=optimizer.param_groups,
@@ -192,6 +205,17 @@ def callbacks_leave_to_torch_what_is_sharded(folder):
         )
         hf_callback().on_step_end(two, None, saving, optimizer=prepared)
         assert has_shards(optimizer) != whole
+        save_fsdp_optimizer(plugin, accelerator, optimizer, model, folder / name)
+        weights = get_model_state_dict(model)
+        resumed = fully_shard(small_model())
+        set_model_state_dict(resumed, weights)
+        other = make(resumed)
+        load_fsdp_optimizer(plugin, accelerator, other, resumed, folder / name)
+        assert other.metrics()["blocks_with_version"] == other.metrics()["blocks"] > 0
+        train_shards(model, optimizer)
+        train_shards(resumed, other)
+        for (name_of, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local()), f"{name}: {name_of}"
     model, optimizer = trained_shards(attached=True)
     states = [get_optimizer_state_dict(model, optimizer)]
     before = optimizer.state_dict()["preconditioner"]["state"]
