@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
+from preconditioner_client.distribution import is_dtensor
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
@@ -177,15 +178,31 @@ class PreconditionedOptimizer(Optimizer):
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
 
         Raises:
-            ValueError: the checkpoint does not fit these parameters; names the first that differs.
+            ValueError: the checkpoint does not fit these parameters; names the first that differs. Or it was
+                loaded into what this rank gave after :meth:`consolidate_state_dict`.
         """
         engine = self._planned()
+        if self._elsewhere:
+            self._refuse_remains(state_dict)
         checkpoint_check.check(self, engine, state_dict)
         self._consolidated = None
         self._elsewhere = False
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
         self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]
         checkpoint.read(self, engine, state_dict)
+
+    def _refuse_remains(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what was loaded into the state dict of a rank while another had the whole."""
+        for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
+            for parameter, identity in zip(group["params"], saved.get("params", ()), strict=False):
+                state = state_dict.get("state", {}).get(identity, {})
+                held = self.state.get(parameter, {})
+                if state and any(is_dtensor(value) and key not in state for key, value in held.items()):
+                    raise ValueError(
+                        "the state dict has no sharded tensors: consolidate_state_dict() was called since "
+                        "the last step, and until the next one another rank has them whole, so a checkpoint "
+                        "cannot be loaded into those of this rank: load it into an optimizer made anew"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

@@ -489,6 +489,19 @@ def a_consolidated_state_is_saved_by_torch(folder):
         assert_same(resumed[0], model)
 
 
+def what_a_rank_gives_after_a_consolidation_is_not_loaded_into(folder):
+    model, optimizer = sharded(aligned)
+    train(model, optimizer, range(STOP))
+    path = folder / "before-a-consolidation"
+    dcp.save(state_of(model, optimizer), checkpoint_id=path)
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        load(model, optimizer, path)
+    else:
+        with pytest.raises(ValueError, match=r"consolidate_state_dict\(\) was called since the last step"):
+            load(model, optimizer, path)
+
+
 def parameters_without_gradients_have_lost_no_statistics(folder):
     """Neither one that never had any, nor one that had none in the steps that statistics take."""
     for every, without in ((1, lambda step: {2, 3}), (4, lambda step: {2} if step % 4 == 3 else set())):
@@ -525,6 +538,7 @@ ON_TWO_RANKS = [
     whole_state_by_torch,
     a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
     a_consolidated_state_is_saved_by_torch,
+    what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
     parameters_without_gradients_have_lost_no_statistics,
 ]
 ON_FOUR_RANKS = [
