@@ -20,6 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from preconditioner_client.distribution import is_dtensor
+
 PREFIX = "preconditioner/"
 """Before the name of every metric, so that they stand together and clash with none of the loop's own."""
 
@@ -139,10 +141,28 @@ class _HFMetrics:
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Before a checkpoint, which rank 0 writes, bring the state of all ranks there."""
-        if control.should_save and args.world_size > 1:
-            consolidate(optimizer if self._optimizer is None else self._optimizer)
+        chosen = optimizer if self._optimizer is None else self._optimizer
+        if control.should_save and args.world_size > 1 and not _saved_in_parts(optimizer, chosen):
+            consolidate(chosen)
 
     on_epoch_end = on_step_end
+
+
+def _saved_in_parts(prepared: Any, optimizer: Any) -> bool:
+    """Whether the ``Trainer`` has every rank save its own part, by ``torch.distributed.checkpoint``.
+
+    Args:
+        prepared: the optimizer as Accelerate wrapped it, which knows how checkpoints are saved.
+        optimizer: see :func:`metrics_source`.
+    """
+    plugin = getattr(getattr(prepared, "accelerator_state", None), "fsdp_plugin", None)
+    kind = getattr(getattr(plugin, "state_dict_type", None), "name", None)
+    return _is_sharded(optimizer) and kind != "FULL_STATE_DICT"
+
+
+def _is_sharded(optimizer: Any) -> bool:
+    """Whether ranks hold parts of its parameters."""
+    return any(is_dtensor(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
@@ -153,7 +173,8 @@ def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
     callback to :func:`report_first` instead.
 
     With several processes it also completes the checkpoints, see :func:`consolidate`: those that are saved
-    every so many steps or at the end of an epoch (``save_strategy`` ``"steps"`` and ``"epoch"``).
+    every so many steps or at the end of an epoch (``save_strategy`` ``"steps"`` and ``"epoch"``). Of a
+    sharded model every rank saves its own part, but with FSDP's state dict type ``FULL_STATE_DICT``.
 
     Args:
         optimizer: see :func:`metrics_source`; default the Trainer's.
@@ -206,7 +227,8 @@ class _LightningMetrics:
         if trainer.world_size == 1 or "optimizer_states" not in checkpoint:
             return
         for number, optimizer in enumerate(trainer.optimizers):
-            if getattr(optimizer, "_attached_preconditioner", None) is None:
+            # What is sharded the strategy saves by torch.distributed.checkpoint, by the names of parameters.
+            if getattr(optimizer, "_attached_preconditioner", None) is None or _is_sharded(optimizer):
                 continue
             consolidate(optimizer)
             if trainer.is_global_zero:
@@ -217,7 +239,8 @@ def lightning_callback(optimizer: Any = None, every_n_steps: int | None = None, 
     """A Lightning ``Callback`` that sends the metrics to the loggers, and to ``trainer.callback_metrics``.
 
     With several processes it also completes the checkpoints of attached preconditioners, see
-    :func:`consolidate`.
+    :func:`consolidate`; but not of sharded models, whose checkpoints leave them out: save the handle that
+    ``attach`` returned beside them.
 
     Serves ``lightning`` as well as ``pytorch_lightning``: the one that the program has imported.
 

@@ -57,6 +57,8 @@ class Attachment:
         self._names = names
         self._moments: dict[torch.Tensor, dict[str, Any]] = {}
         self._consolidated: dict[str, Any] | None = None
+        self._elsewhere_at: int | None = None
+        """Step at which another rank got the whole."""
         self._restored = False
         """Whether the handle itself was loaded into since the last step."""
         self._hooks = [
@@ -110,7 +112,8 @@ class Attachment:
 
         ``state``: one dict per parameter in the optimizer's order, with the keys of
         :mod:`preconditioner_client.checkpoint`; beside it the format, step, epoch and shards. Under several
-        ranks the blocks of this rank, or all after :meth:`consolidate_state_dict` and until the next step.
+        ranks the blocks of this rank; after :meth:`consolidate_state_dict`, and until the next step, all on
+        the rank that was named, and no sharded tensors on the others.
         """
         self._plan()
         if self._consolidated is not None and self._consolidated[checkpoint.STEP_KEY] == self._engine.step:
@@ -119,6 +122,8 @@ class Attachment:
         for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
             for index, parameter in enumerate(group["params"]):
                 moments = self._moments.get(parameter, self._blank_moments(parameter))
+                if self._elsewhere_at == self._engine.step:
+                    moments = consolidation.without_shards(moments)
                 state.append({**moments, **checkpoint.block_states(self._engine, plan, index)})
         return {
             checkpoint.FORMAT_KEY: checkpoint.FORMAT,
@@ -133,7 +138,7 @@ class Attachment:
 
         What the user's optimizer keeps is not touched.
         """
-        self._consolidated = None
+        self._consolidated = self._elsewhere_at = None
         own = self.state_dict()
         numbers = iter(range(len(own["state"])))
         groups = [{"params": [next(numbers) for _ in plan.names]} for plan in self._engine.plans]
@@ -141,6 +146,8 @@ class Attachment:
         whole = consolidation.collect(self._engine, numbered, to)
         if whole is not None:
             self._consolidated = {**own, "state": [whole["state"][i] for i in range(len(own["state"]))]}
+        else:
+            self._elsewhere_at = self._engine.step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, in a new epoch.
@@ -152,6 +159,7 @@ class Attachment:
         """
         self._plan()
         checkpoint_check.check_format(state_dict)
+        checkpoint_check.check_keys(state_dict, "state")
         saved: list[dict[str, Any]] = state_dict["state"]
         shards = state_dict.get(checkpoint.SHARDS_KEY)
         groups = [group["params"] for group in self._optimizer.param_groups]
@@ -175,7 +183,7 @@ class Attachment:
                     index,
                     shards,
                 )
-        self._consolidated = None
+        self._consolidated = self._elsewhere_at = None
         self._moments.clear()
         for params, states in zip(groups, stored, strict=True):
             for parameter, state in zip(params, states, strict=True):
@@ -201,7 +209,7 @@ class Attachment:
 
     def _begin_anew(self) -> None:
         """Forget all that was learned, as if attached just now."""
-        self._consolidated = None
+        self._consolidated = self._elsewhere_at = None
         self._moments.clear()
         blank: list[list[dict[str, Any]]] = [[{} for _ in plan.names] for plan in self._plan()]
         checkpoint.restore_blocks(self._engine, blank, 0, self._engine.epoch)

@@ -181,7 +181,8 @@ def restore_blocks(
 
     Where the checkpoint was written with another number of shards, blocks whose slice it does not have start
     afresh, and one warning counts them: it has statistics of other rows, and no arithmetic turns them into
-    statistics of these.
+    statistics of these. Another counts those without statistics although their parameters had gradients in
+    steps that must have brought some.
 
     Args:
         engine: with the plans that the states were checked against.
@@ -193,7 +194,7 @@ def restore_blocks(
     refresher = engine.refresher
     versions, first, last = (np.full(refresher.versions.size, NEVER, dtype=np.int64) for _ in range(3))
     refresher.schedule.clear()
-    afresh = 0
+    afresh = lost = 0
     recut = shards is not None and shards != engine.ranks.shards
     for plan, states in zip(engine.plans, stored, strict=True):
         for rows, state in zip(plan.rows, states, strict=True):
@@ -207,6 +208,7 @@ def restore_blocks(
                 if recut and not own.get("updates", 0):
                     own = {}
                     afresh += int(state.get("step", 1)) > 0
+                lost += not recut and not own.get("updates", 0) and _must_have_had(plan, state, step)
                 # Not all in the next step, but again spread over an interval.
                 begin = refresher.last_snapshot(held.block) % refresher.config.interval + step
                 block = held.block
@@ -218,8 +220,27 @@ def restore_blocks(
             afresh,
             refresher.versions.size,
         )
+    if lost:
+        logger.warning(
+            "%d of %d blocks of this rank start with new statistics: the checkpoint has none of them, though "
+            "their parameters were updated. A full state dict of torch.distributed.checkpoint "
+            "(full_state_dict=True) keeps the blocks of rank 0 alone: save without full_state_dict, or call "
+            "consolidate_state_dict() on all ranks before get_optimizer_state_dict()",
+            lost,
+            refresher.versions.size,
+        )
     refresher.restore(versions.tolist(), first.tolist(), last.tolist())
     engine.resume(step, epoch)
+
+
+def _must_have_had(plan: GroupPlan, state: dict[str, Any], step: int) -> bool:
+    """Whether a parameter had a gradient in a step whose gradient statistics take.
+
+    Only its number of updates is known, where it is counted: it may have been without a gradient in just
+    those steps, if there were enough of the others.
+    """
+    updates = int(state.get("step", 0))
+    return updates > 0 and step // plan.settings.statistics.every > step - updates
 
 
 def placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preconditioner_client.checkpoint import BLOCK, ELEMENTWISE, FORMAT, FORMAT_KEY, SHARDS_KEY
+from preconditioner_client.checkpoint import (
+    BLOCK,
+    ELEMENTWISE,
+    EPOCH_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    SHARDS_KEY,
+    STEP_KEY,
+)
 from preconditioner_client.distribution import is_dtensor, local
 from preconditioner_client.engine import Engine
+from preconditioner_client.groups import check_saved_group
 from preconditioner_client.plan import GroupPlan, PlannedRow
 from preconditioner_client.update_rule import lasting_keys
 
@@ -25,15 +34,22 @@ def check(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[s
 
     Raises:
         ValueError: another format, other groups, values of another type or shape, a lacking key, or not all
-            blocks of this rank; names the parameter.
+            blocks of this rank; names the parameter or the setting.
     """
+    check_keys(state_dict, "state", "param_groups")
     groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in groups]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != own:
-        raise ValueError(f"the checkpoint has groups of {sizes} parameters, the optimizer of {own}")
-    for saved, group, plan in zip(groups, optimizer.param_groups, engine.plans, strict=True):
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint has {len(groups)} groups of parameters, the optimizer {len(engine.plans)}: make "
+            f"the same groups as when it was saved, those added by add_param_group too, before it is loaded"
+        )
+    for saved, plan in zip(groups, engine.plans, strict=True):
+        check_keys(saved, "params")
         check_format(saved)
+        _check_size(saved, plan)
+    for number, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        check_saved_group(saved, group, number)
+    for saved, group, plan in zip(groups, optimizer.param_groups, engine.plans, strict=True):
         for index, (identity, parameter) in enumerate(zip(saved["params"], group["params"], strict=True)):
             state = state_dict["state"].get(identity, {})
             elementwise = dict.fromkeys(ELEMENTWISE, tuple(parameter.shape))
@@ -49,11 +65,38 @@ def check(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[s
                 _check_placement(plan.names[index], key, parameter, state.get(key))
 
 
-def check_format(saved: dict[str, Any]) -> None:
-    """Refuse what another optimizer, or another version of this one, wrote.
+def check_keys(state_dict: dict[str, Any], *keys: str) -> None:
+    """Refuse what is no state dict.
 
     Raises:
-        ValueError: naming the format found.
+        ValueError: it lacks one of the keys; names it.
+    """
+    for key in keys:
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint lacks {key!r}: it is no complete state_dict()")
+
+
+def _check_size(saved: dict[str, Any], plan: GroupPlan) -> None:
+    """As many parameters in a group; where there are not, the first that differs is named."""
+    sizes = len(saved["params"]), len(plan.names)
+    if sizes[0] == sizes[1]:
+        return
+    names = [str(name) for name in saved.get("param_names", ())]
+    differing = (i for i, (a, b) in enumerate(zip(names, plan.names, strict=False)) if a != b)
+    first = next(differing, min(sizes))
+    known = plan.names if first < len(plan.names) else names
+    name = known[first] if first < len(known) else f"parameter {first}"
+    raise ValueError(
+        f"the checkpoint has a group of {sizes[0]} parameters where the optimizer has {sizes[1]}; they "
+        f"differ from {name} on: make groups of the same parameters in the same order as when it was saved"
+    )
+
+
+def check_format(saved: dict[str, Any]) -> None:
+    """Refuse what another optimizer, or another version of this one, wrote, and what has no step or epoch.
+
+    Raises:
+        ValueError: naming the format found, or the key.
     """
     found = saved.get(FORMAT_KEY)
     if found != FORMAT:
@@ -61,6 +104,17 @@ def check_format(saved: dict[str, Any]) -> None:
             f"the checkpoint has {FORMAT_KEY} {found}, this version reads {FORMAT}: it was written by "
             f"another optimizer, or by another version of this one"
         )
+    check_keys(saved, STEP_KEY, EPOCH_KEY)
+    for key, least in ((STEP_KEY, 0), (EPOCH_KEY, 0), (SHARDS_KEY, 1)):
+        value: Any = saved.get(key)
+        if key == SHARDS_KEY and value is None:
+            continue
+        single = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.numel() == 1)
+        if not single or not value >= least or value % 1 != 0:
+            raise ValueError(
+                f"{key} in the checkpoint must be a whole number >= {least}, not {value!r}: take a whole "
+                f"state_dict()"
+            )
 
 
 def check_state(

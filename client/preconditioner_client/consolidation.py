@@ -1,6 +1,9 @@
 """The state of all ranks on one of them.
 
 Blocks travel one by one, straight from their owners, so that no other rank ever holds more than it keeps.
+
+Until the next step the other ranks then show no sharded tensors, see :func:`without_shards`, so that
+``torch.distributed.checkpoint`` finds every tensor whole on one rank or not at all.
 """
 
 from __future__ import annotations
@@ -59,6 +62,15 @@ def whole(value: Any, here: bool) -> Any:
         return value
     full = value.full_tensor()
     return full.cpu() if here else None
+
+
+def without_shards(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state without its sharded tensors, which another rank has whole.
+
+    Beside the whole ``torch.distributed.checkpoint`` would take parts for overlapping chunks; and gathering
+    them for a full state dict would wait for the rank that has the whole, and does not take part.
+    """
+    return {key: value for key, value in state.items() if not is_dtensor(value)}
 
 
 def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 from preconditioner_client.config import BlockingConfig, GraftingConfig, RootConfig, StatisticsConfig
@@ -22,6 +24,8 @@ _GROUP_KEYS = {
     "name",
     "lr_scale",
 }
+_NUMBERS = ("lr", "beta1", "momentum", "dampening", "weight_decay")
+_SWITCHES = ("nesterov", "decoupled_weight_decay", "maximize")
 _CONFIGS = {
     "grafting": GraftingConfig,
     "statistics": StatisticsConfig,
@@ -55,17 +59,13 @@ def check_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError: with what was given, and what is possible.
     """
-    for key in ("lr", "beta1", "momentum", "dampening", "weight_decay"):
+    for key in _NUMBERS:
         check_number(key, group[key])
         group[key] = python_number(group[key])
     lr = float(group["lr"])
     if not lr > 0:
         raise ValueError(f"lr must be > 0, not {lr}; schedulers may lower it to 0 later")
-    if not 0 <= group["beta1"] < 1:
-        raise ValueError(f"beta1 must be in [0, 1), not {group['beta1']}")
-    for key in ("momentum", "dampening", "weight_decay"):
-        if not group[key] >= 0:
-            raise ValueError(f"{key} must be >= 0, not {group[key]}")
+    _check_ranges(group)
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
     for key, kind in _CONFIGS.items():
@@ -78,3 +78,51 @@ def check_group(group: dict[str, Any]) -> None:
     for index, parameter in enumerate(group["params"]):
         names = group.get("param_names")
         check_parameter(parameter, str(names[index]) if names else f"parameter {index}")
+
+
+def check_saved_group(saved: dict[str, Any], group: dict[str, Any], number: int) -> None:
+    """Refuse a checkpoint's group that the next step could not compute with.
+
+    Unlike :func:`check_group` it takes whatever learning rate a scheduler may have come to, and unknown keys
+    that the running group has, too, as from a scheduler of somebody else.
+
+    Args:
+        saved: the group of the checkpoint.
+        group: that takes its place.
+        number: of the group, for messages.
+
+    Raises:
+        ValueError: a setting is lacking, unknown, or outside of its range; names it.
+    """
+    where = f"state_dict['param_groups'][{number}]"
+    for key in (*_NUMBERS, *_SWITCHES):
+        if key not in saved:
+            raise ValueError(
+                f"the checkpoint lacks the setting {key!r} of group {number}: take a whole state_dict(), or "
+                f"put the value that it was saved with into {where}; the optimizer has {group[key]!r}"
+            )
+    unknown = sorted(map(str, set(saved) - _GROUP_KEYS - set(_CONFIGS) - _LEFT_KEYS - set(group)))
+    if unknown:
+        raise ValueError(
+            f"the checkpoint has unknown keys in group {number}: {unknown}. Take them out of {where} if "
+            f"nothing needs them; else put them into the optimizer's group before loading"
+        )
+    try:
+        for key in _NUMBERS:
+            check_number(key, saved[key])
+            if not math.isfinite(float(saved[key])):
+                raise ValueError(f"{key} must be finite, not {saved[key]}")
+        _check_ranges(saved)
+        for key in _SWITCHES:
+            if not isinstance(saved[key], numbers.Real):
+                raise ValueError(f"{key} must be True or False, not {saved[key]!r}")
+    except ValueError as error:
+        raise ValueError(f"group {number} of the checkpoint: {error}; mend it in {where}") from None
+
+
+def _check_ranges(group: dict[str, Any]) -> None:
+    if not 0 <= group["beta1"] < 1:
+        raise ValueError(f"beta1 must be in [0, 1), not {group['beta1']}")
+    for key in ("momentum", "dampening", "weight_decay"):
+        if not group[key] >= 0:
+            raise ValueError(f"{key} must be >= 0, not {group[key]}")

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
+from preconditioner_client.distribution import is_dtensor
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
@@ -34,6 +35,8 @@ class PreconditionedOptimizer(Optimizer):
         self._heavy_balls: list[bool] = []
         self._consolidated: dict[str, Any] | None = None
         self._consolidated_at = 0
+        # Whether another rank has the whole.
+        self._elsewhere = False
         self._warned = False
         super().__init__(params, defaults)
         self._engine = make_engine()
@@ -79,6 +82,7 @@ class PreconditionedOptimizer(Optimizer):
         self._take_cycled_momentum()
         engine = self._planned()
         self._consolidated = None
+        self._elsewhere = False
         gradients = [
             working_gradients(group, plan.names)
             for group, plan in zip(self.param_groups, engine.plans, strict=True)
@@ -125,10 +129,10 @@ class PreconditionedOptimizer(Optimizer):
 
         Not collective: among several ranks it holds the blocks of this rank, as
         ``torch.distributed.checkpoint`` wants it. After :meth:`consolidate_state_dict`, and until the next
-        step, it is the whole state on the rank that was named.
+        step, it is the whole state on the rank that was named, and without sharded tensors on the others.
         """
         if self._consolidated is not None:
-            return self._consolidated
+            return _copied(self._consolidated)
         self._take_cycled_momentum()
         engine = self._planned()
         # Before the first step there is nothing to lose, and after a consolidation all ranks have taken part
@@ -139,19 +143,25 @@ class PreconditionedOptimizer(Optimizer):
             logger.warning(
                 "state_dict() of rank %d of %d holds the blocks of that rank alone: to save the state in one "
                 "file, call consolidate_state_dict() on all ranks before it. torch.distributed.checkpoint "
-                "saves the parts of all ranks by itself",
+                "saves the parts of all ranks by itself, but in a full state dict (full_state_dict=True), "
+                "which needs that call, too",
                 engine.ranks.rank,
                 engine.ranks.world_size,
             )
         checkpoint.write(self, engine)
-        return checkpoint.exported(engine, super().state_dict())
+        exported = checkpoint.exported(engine, super().state_dict())
+        if self._elsewhere:
+            states = exported["state"].items()
+            exported["state"] = {index: consolidation.without_shards(state) for index, state in states}
+        return exported
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collect the state of all ranks, so that :meth:`state_dict` of one of them is complete.
 
         Collective: all ranks call it after the same step. Such a checkpoint loads on any number of ranks,
         replicas or shards. Tensors from other ranks come to the host, block by block. It is called like that
-        of ``ZeroRedundancyOptimizer``.
+        of ``ZeroRedundancyOptimizer``. ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint`` gives
+        the whole, too, until the next step; to be saved, not to be loaded into.
 
         Args:
             to: global rank that gets it.
@@ -162,19 +172,37 @@ class PreconditionedOptimizer(Optimizer):
         own = checkpoint.exported(engine, super().state_dict(), blocks=consolidation.receives(engine, to))
         self._consolidated = consolidation.collect(engine, own, to)
         self._consolidated_at = engine.step
+        self._elsewhere = self._consolidated is None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
 
         Raises:
-            ValueError: the checkpoint does not fit these parameters; names the first that differs.
+            ValueError: the checkpoint does not fit these parameters; names the first that differs. Or it was
+                loaded into what this rank gave after :meth:`consolidate_state_dict`.
         """
         engine = self._planned()
+        if self._elsewhere:
+            self._refuse_remains(state_dict)
         checkpoint_check.check(self, engine, state_dict)
         self._consolidated = None
+        self._elsewhere = False
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
         self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]
         checkpoint.read(self, engine, state_dict)
+
+    def _refuse_remains(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what was loaded into the state dict of a rank while another had the whole."""
+        for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
+            for parameter, identity in zip(group["params"], saved.get("params", ()), strict=False):
+                state = state_dict.get("state", {}).get(identity, {})
+                held = self.state.get(parameter, {})
+                if state and any(is_dtensor(value) and key not in state for key, value in held.items()):
+                    raise ValueError(
+                        "the state dict has no sharded tensors: consolidate_state_dict() was called since "
+                        "the last step, and until the next one another rank has them whole, so a checkpoint "
+                        "cannot be loaded into those of this rank: load it into an optimizer made anew"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -214,6 +242,13 @@ class PreconditionedOptimizer(Optimizer):
                 update=_update_settings(group, self.defaults),
             )
         return engine
+
+
+def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With the same values in dicts of its own, as torch's functions rename keys within a state dict."""
+    states = {index: dict(state) for index, state in state_dict["state"].items()}
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def _update_settings(group: dict[str, Any], defaults: dict[str, Any]) -> str:

@@ -265,9 +265,12 @@ class Refresher:
 
     def _late(self, step: int) -> Mask:
         """Blocks that a step under ``wait`` waits for."""
+        if self.config.adoption is Adoption.SCHEDULED:
+            # Nothing is adopted before it is due: however old what is in use may be, as after refusals, which
+            # no checkpoint tells of, waiting would bring nothing else.
+            return self.schedule.overdue(step)
         late: Mask = (self.versions != NEVER) & (step - self.versions > self.config.max_staleness)
         late &= ~self._refused
-        late |= self.schedule.overdue(step)
         return late
 
     def _wait(self, exchange: Exchange, step: int, late: Mask) -> None:

@@ -9,10 +9,27 @@ import pytest
 import torch
 from torch import nn
 
-from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo, StalenessConfig
+from preconditioner_client import (
+    BlockingConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StalenessConfig,
+    attach,
+)
 
 SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=5, max_staleness=20)
 BLOCK = "block.0:4,0:4."
+SETTINGS = (
+    "lr",
+    "beta1",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "decoupled_weight_decay",
+    "maximize",
+)
 
 
 def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.float32):
@@ -177,7 +194,55 @@ def test_a_parameter_that_had_no_gradient_yet_is_fine():
             for key in ("statistics.0", "in_flight.steps", "in_flight.0")
         ),
         (lambda s: s["state"][0].update({BLOCK + "version": None}), r"0\.weight: \S+version .* a number"),
-        (lambda s: s["param_groups"][0]["params"].pop(), "groups of"),
+        (lambda s: s["param_groups"][0]["params"].pop(), r"group of 3 .* has 4; they differ from 2\.bias on"),
+        (
+            lambda s: s["param_groups"][0]["params"].append(4),
+            r"group of 5 .* has 4; they differ from par\S+ 4",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(
+                params=[1, 2, 3], param_names=["0.bias", "2.weight", "2.bias"]
+            ),
+            r"differ from 0\.weight on",
+        ),
+        (lambda s: s["param_groups"].append(s["param_groups"][0]), "2 groups of parameters, the optimizer 1"),
+        *(
+            (lambda s, key=key: s.pop(key), f"lacks '{key}': it is no complete state_dict")
+            for key in ("state", "param_groups")
+        ),
+        *(
+            (lambda s, key=key: s["param_groups"][0].pop(key), f"the checkpoint lacks '{key}'")
+            for key in ("params", "preconditioner_step", "preconditioner_epoch")
+        ),
+        *(
+            (lambda s, key=key: s["param_groups"][0].pop(key), f"lacks the setting '{key}' of group 0")
+            for key in SETTINGS
+        ),
+        *(
+            (
+                lambda s, key=key, value=value: s["param_groups"][0].update({key: value}),
+                rf"group 0 of the checkpoint: {key} must be .*; mend it in state_dict\['param_groups'\]\[0\]",
+            )
+            for key, value in (
+                *((key, "x") for key in SETTINGS),
+                ("lr", float("nan")),
+                ("beta1", 1.0),
+                ("momentum", -0.1),
+            )
+        ),
+        *(
+            (
+                lambda s, key=key, value=value: s["param_groups"][0].update({key: value}),
+                f"{key} .* whole number",
+            )
+            for key, value in (
+                ("preconditioner_step", -1),
+                ("preconditioner_step", "6"),
+                ("preconditioner_epoch", 0.5),
+                ("preconditioner_shards", 0),
+            )
+        ),
+        (lambda s: s["param_groups"][0].update(momentun=0.9), r"unknown keys in group 0: \['momentun'\]"),
         (lambda s: s["param_groups"][0].pop("preconditioner_format"), "another\\s+optimizer"),
     ],
 )
@@ -186,10 +251,41 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(spoil
     train(model, optimizer, range(6))
     state = through_a_file(optimizer.state_dict())
     spoil(state)
-    _, other = setup()
+    other_model, other = setup()
+    train(other_model, other, range(2))
+    before = through_a_file(other.state_dict())
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
-    assert other.metrics()["step"] == 0
+    assert other.metrics()["step"] == 2
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][i]["exp_avg"], s["exp_avg"]) for i, s in before["state"].items())
+
+
+@pytest.mark.parametrize("value", [1, "1", None])
+def test_keys_that_others_left_in_a_group_are_loaded(value):
+    """Those of torch's schedulers always; any other where the running group has it, too."""
+    model, optimizer = setup()
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0].update(initial_lr=0.1, max_momentum=0.95, lr=0.0, of_somebody=value)
+    state = through_a_file(optimizer.state_dict())
+    _, other = setup()
+    with pytest.raises(ValueError, match="of_somebody"):
+        other.load_state_dict(state)
+    other.param_groups[0]["of_somebody"] = None
+    other.load_state_dict(state)
+    assert other.param_groups[0]["of_somebody"] == value
+    assert other.param_groups[0]["lr"] == 0.0
+
+
+@pytest.mark.parametrize("key", ["preconditioner_step", "preconditioner_epoch", "state"])
+def test_an_attached_preconditioner_refuses_a_checkpoint_that_lacks_a_key(key):
+    model = nn.Linear(3, 2)
+    handle = attach(torch.optim.SGD(model.parameters(), lr=0.1), service=LocalExchange())
+    state = handle.state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match=f"the checkpoint lacks '{key}'"):
+        handle.load_state_dict(state)
 
 
 def test_a_checkpoint_of_another_grafting_lacks_the_moment_that_this_one_needs():

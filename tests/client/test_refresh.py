@@ -272,6 +272,42 @@ class TestScheduled:
         assert run.step() == pytest.approx(4.0)
         assert run.late_adoptions == 1
 
+    def test_a_block_refused_for_longer_than_the_bound_is_not_waited_for_after_a_resume_either(self):
+        def refusing(run, steps):
+            for _ in range(steps):
+                run.step()
+                if run.step_number % 4 == 1:
+                    run.exchange.refuse(0, run.step_number - 1)
+
+        run = self.run()
+        run.step(4)
+        run.exchange.answer(0, 4)
+        refusing(run, 28)
+        assert run.refused > 0
+        assert run.age == 28
+        resumed = self.run()
+        resumed.optimizer.load_state_dict(run.optimizer.state_dict())
+        resumed.step_number = run.step_number
+        for each in (run, resumed):
+            refusing(each, 12)
+            assert each.exchange.waits == []
+            assert not each.breaker_open
+        # One that the service owes is waited for.
+        resumed.step(7)
+        assert resumed.waits == 1
+
+    def test_a_refusal_before_an_adoption_is_not_waited_for(self):
+        """The schedule itself keeps within a bound of 9, but not without one of its versions."""
+        run = Run(refresh_every=4, adoption="scheduled", delay=6, max_staleness=9, stagger=False)
+        run.step(8)
+        run.exchange.refuse(0, 8)
+        run.exchange.answer(0, 4)
+        run.step(8)
+        run.exchange.answer(0, 12)
+        run.step(2)
+        assert run.versions_adopted == 2
+        assert run.exchange.waits == []
+
     def test_a_new_connection_gets_the_very_snapshots_that_are_under_way(self):
         run = self.run()
         run.step(9)

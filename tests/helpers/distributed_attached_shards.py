@@ -147,11 +147,22 @@ def a_whole_state_loads_into_one_process_and_into_shards(folder):
         assert_same(model, uninterrupted[0])
 
 
+def a_consolidated_state_is_saved_by_torch(folder):
+    run = trained(sharded(uneven, method="adam"), range(STOP))
+    run[2].consolidate_state_dict()
+    dcp.save(parts(*run), checkpoint_id=folder / "attached-consolidated")
+    trained(run, range(STOP, END))
+    resumed = load(sharded(uneven, method="adam"), folder / "attached-consolidated")
+    trained(resumed, range(STOP, END))
+    assert_same(resumed[0], run[0])
+
+
 ON_TWO_RANKS = [
     the_weights_are_those_of_one_process,
     training_with_backward_and_clipping,
     it_resumes_bit_for_bit_with_torch,
     a_whole_state_loads_into_one_process_and_into_shards,
+    a_consolidated_state_is_saved_by_torch,
 ]
 ON_FOUR_RANKS = [
     the_weights_are_those_of_one_process,

@@ -209,22 +209,9 @@ def a_trainable_parameter_that_never_had_a_gradient(folder):
 
 
 def an_attached_preconditioner_resumes_from_one_file(folder):
-    def attached():
-        model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        handle = attach(
-            optimizer,
-            model,
-            grafting=GraftingConfig(),
-            blocking=BlockingConfig(block_size=8),
-            staleness=SCHEDULED,
-            service=LocalExchange(1),
-        )
-        return model, optimizer, handle
-
-    uninterrupted, optimizer, _ = attached()
+    uninterrupted, optimizer, _ = attached("adam")
     train(uninterrupted, optimizer, range(END))
-    model, optimizer, handle = attached()
+    model, optimizer, handle = attached("adam")
     train(model, optimizer, range(STOP))
     if dist.get_rank() == 0:
         torch.save(optimizer.state_dict(), folder / "attached-part.pt")
@@ -232,7 +219,7 @@ def an_attached_preconditioner_resumes_from_one_file(folder):
     if dist.get_rank() == 0:
         torch.save(optimizer.state_dict(), folder / "attached.pt")
     dist.barrier()
-    again, other, _ = attached()
+    again, other, _ = attached("adam")
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="lacks the block"):
             other.load_state_dict(torch.load(folder / "attached-part.pt", weights_only=True))
@@ -242,38 +229,47 @@ def an_attached_preconditioner_resumes_from_one_file(folder):
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
 
 
+def attached(method):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    handle = attach(
+        optimizer,
+        model,
+        grafting=GraftingConfig(method=method),
+        blocking=BlockingConfig(block_size=8),
+        staleness=SCHEDULED,
+        service=LocalExchange(1),
+    )
+    return model, optimizer, handle
+
+
+def attached_parts(model, optimizer, handle):
+    own = get_optimizer_state_dict(model, optimizer)
+    return {"model": model.state_dict(), "optimizer": own, "preconditioner": handle}
+
+
 def an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer(folder):
-    def attached(method):
-        model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        handle = attach(
-            optimizer,
-            model,
-            grafting=GraftingConfig(method=method),
-            blocking=BlockingConfig(block_size=8),
-            staleness=SCHEDULED,
-            service=LocalExchange(1),
-        )
-        return model, optimizer, handle
-
-    def parts(model, optimizer, handle):
-        own = get_optimizer_state_dict(model, optimizer)
-        return {"model": model.state_dict(), "optimizer": own, "preconditioner": handle}
-
     for method in ("sgd", "adam"):
-        path = folder / f"attached-{method}"
+        model, optimizer, handle = attached(method)
+        train(model, optimizer, range(STOP))
+        dcp.save(attached_parts(model, optimizer, handle), checkpoint_id=folder / f"attached-{method}")
+    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder)
+
+
+def an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder, **options):
+    """On any number of ranks, bit for bit: the blocks of replicas are the same on all numbers."""
+    for method in ("sgd", "adam"):
         uninterrupted, optimizer, _ = attached(method)
         train(uninterrupted, optimizer, range(END))
         model, optimizer, handle = attached(method)
-        train(model, optimizer, range(STOP))
-        dcp.save(parts(model, optimizer, handle), checkpoint_id=path)
-        again, other, handle = attached(method)
-        state = parts(again, other, handle)
-        dcp.load(state, checkpoint_id=path)
-        again.load_state_dict(state["model"])
-        set_optimizer_state_dict(again, other, state["optimizer"])
-        train(again, other, range(STOP, END))
-        assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(uninterrupted), strict=True))
+        state = attached_parts(model, optimizer, handle)
+        dcp.load(state, checkpoint_id=folder / f"attached-{method}", **options)
+        model.load_state_dict(state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        assert handle.metrics()["step"] == STOP
+        assert handle.metrics()["blocks_with_version"] == handle.metrics()["blocks"] > 0
+        train(model, optimizer, range(STOP, END))
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(uninterrupted), strict=True))
 
 
 def an_attached_preconditioner_is_not_stepped_by_torch(folder):
@@ -312,6 +308,7 @@ SCENARIOS = [
     a_trainable_parameter_that_never_had_a_gradient,
     an_attached_preconditioner_resumes_from_one_file,
     an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer,
+    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch,
     an_attached_preconditioner_is_not_stepped_by_torch,
     a_first_step_with_a_learning_rate_of_zero_counts,
 ]

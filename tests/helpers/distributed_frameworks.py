@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import accelerate
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_training
@@ -158,8 +167,69 @@ def accelerate_resumes_bit_for_bit(folder):
             assert "holds the blocks of that rank alone" in log.messages.pop()
 
 
+def train_shards(model, optimizer):
+    for x, y in DataLoader(TensorDataset(*data()), batch_size=4):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def trained_shards(attached):
+    """A sharded model after a few steps, and its optimizer."""
+    model = fully_shard(small_model())
+    optimizer = make(model, attached)
+    train_shards(model, optimizer)
+    return model, optimizer
+
+
+def has_shards(optimizer):
+    state = optimizer.state_dict()
+    states = [*state["state"].values(), *state.get("preconditioner", {"state": []})["state"]]
+    return any(isinstance(value, DTensor) for of_parameter in states for value in of_parameter.values())
+
+
+def callbacks_leave_to_torch_what_is_sharded(folder):
+    """But for a full state dict, which torch alone does not make whole.
+
+    Saved and loaded by what the ``Trainer`` calls; itself it shards on accelerators only.
+    """
+    saving, two = SimpleNamespace(should_save=True), SimpleNamespace(world_size=dist.get_world_size())
+    accelerator = SimpleNamespace(process_index=dist.get_rank(), wait_for_everyone=dist.barrier)
+    for name, whole in (("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)):
+        model, optimizer = trained_shards(attached=False)
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=name)
+        prepared = SimpleNamespace(
+            optimizer=optimizer,
+            param_groups=optimizer.param_groups,
+            accelerator_state=SimpleNamespace(fsdp_plugin=plugin),
+        )
+        hf_callback().on_step_end(two, None, saving, optimizer=prepared)
+        assert has_shards(optimizer) != whole
+        save_fsdp_optimizer(plugin, accelerator, optimizer, model, folder / name)
+        weights = get_model_state_dict(model)
+        resumed = fully_shard(small_model())
+        set_model_state_dict(resumed, weights)
+        other = make(resumed)
+        load_fsdp_optimizer(plugin, accelerator, other, resumed, folder / name)
+        assert other.metrics()["blocks_with_version"] == other.metrics()["blocks"] > 0
+        train_shards(model, optimizer)
+        train_shards(resumed, other)
+        for (name_of, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local()), f"{name}: {name_of}"
+    model, optimizer = trained_shards(attached=True)
+    states = [get_optimizer_state_dict(model, optimizer)]
+    before = optimizer.state_dict()["preconditioner"]["state"]
+    trainer = SimpleNamespace(world_size=2, optimizers=[optimizer], is_global_zero=dist.get_rank() == 0)
+    checkpoint = {"optimizer_states": list(states)}
+    lightning_callback().on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["optimizer_states"][0] is states[0]
+    after = optimizer.state_dict()["preconditioner"]["state"]
+    assert [state.keys() for state in before] == [state.keys() for state in after]
+
+
 SCENARIOS = [
     the_hugging_face_trainer_resumes_bit_for_bit,
     lightning_resumes_bit_for_bit,
     accelerate_resumes_bit_for_bit,
+    callbacks_leave_to_torch_what_is_sharded,
 ]

@@ -22,7 +22,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from distributed_training import EAGER, SCHEDULED, gradient, make_optimizer, on_all_ranks, set_gradients
-from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo
+from preconditioner_client import (
+    BlockingConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StatisticsConfig,
+)
 from scripted_exchange import ScriptedExchange
 
 STOP, END = 10, 24
@@ -356,9 +362,18 @@ def shards_of_replicas_resume_bit_for_bit(folder):
 
 
 class Warnings(logging.Handler):
+    """What the client logged in a ``with`` block."""
+
     def __init__(self):
         super().__init__()
         self.messages = []
+
+    def __enter__(self):
+        logging.getLogger("preconditioner_client").addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("preconditioner_client").removeHandler(self)
 
     def emit(self, record):
         self.messages.append(record.getMessage())
@@ -366,14 +381,11 @@ class Warnings(logging.Handler):
 
 def another_number_of_ranks_keeps_what_it_can(folder):
     """Reads what two ranks saved."""
-    logger = logging.getLogger("preconditioner_client")
     for make, lost in ((aligned, False), (uneven, True)):
-        handler = Warnings()
-        logger.addHandler(handler)
-        model, optimizer = sharded(make)
-        load(model, optimizer, folder / f"shards-{make.__name__}-nested", partial=True)
-        logger.removeHandler(handler)
-        warned = [m for m in handler.messages if "start with new statistics" in m]
+        with Warnings() as log:
+            model, optimizer = sharded(make)
+            load(model, optimizer, folder / f"shards-{make.__name__}-nested", partial=True)
+        warned = [m for m in log.messages if "start with new statistics" in m]
         single, reference = alone(make, service=ScriptedExchange())
         train(single, reference, range(STOP))
         for p, q in zip(model.parameters(), single.parameters(), strict=True):
@@ -381,7 +393,7 @@ def another_number_of_ranks_keeps_what_it_can(folder):
             assert state["step"] == expected["step"] == STOP
         counts = on_all_ranks(len(warned))
         assert max(counts) <= 1
-        assert bool(sum(counts)) == lost, handler.messages
+        assert bool(sum(counts)) == lost, log.messages
         train(model, optimizer, range(STOP, END))
         assert all(bool(whole(p).isfinite().all()) for p in model.parameters())
         if not lost:
@@ -401,14 +413,116 @@ def moments_are_resharded_exactly(folder):
             assert torch.equal(whole(optimizer.state[p][key]), reference.state[q][key])
 
 
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def resumed_from_full(make, state, weights):
+    """A new model and optimizer from a full state dict on rank 0, and what was logged meanwhile."""
+    model, optimizer = make()
+    for p, value in zip(model.parameters(), weights, strict=True):
+        p.data.copy_(
+            distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+        )
+    with Warnings() as log:
+        set_optimizer_state_dict(model, optimizer, state if dist.get_rank() == 0 else {}, options=BROADCAST)
+    return model, optimizer, log.messages
+
+
+def replicas():
+    model = aligned()
+    return model, make_optimizer(model)
+
+
 def whole_state_by_torch(folder):
     """A full state dict on rank 0, as torch gathers it: moments are whole, blocks are rank 0's."""
+    for make in (lambda: sharded(aligned), replicas):
+        model, optimizer = make()
+        train(model, optimizer, range(STOP))
+        with Warnings() as log:
+            state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        # DTensors are gathered without a warning, so only of replicas it is known that parts will lack.
+        assert ["full_state_dict" in message for message in log.messages] == [True] * (make is replicas)
+        assert not any(isinstance(v, DTensor) for s in state.get("state", {}).values() for v in s.values())
+        weights = [whole(p).detach().clone() for p in model.parameters()]
+        other, resumed, logged = resumed_from_full(make, state, weights)
+        assert resumed.metrics()["step"] == STOP
+        if dist.get_rank() == 0:
+            assert not logged
+            assert resumed.metrics()["blocks_with_version"] == resumed.metrics()["blocks"]
+        else:
+            blocks = resumed.metrics()["blocks"]
+            (warning,) = logged
+            assert warning.startswith(f"{blocks} of {blocks} blocks of this rank start with new statistics")
+            assert "full_state_dict" in warning
+            assert "consolidate_state_dict()" in warning
+        train(other, resumed, range(STOP, END))
+
+
+def a_consolidated_state_is_whole_in_a_full_state_dict_of_torch(folder):
+    for make in (lambda: sharded(aligned), replicas):
+        model, optimizer = make()
+        train(model, optimizer, range(STOP))
+        weights = [whole(p).detach().clone() for p in model.parameters()]
+        optimizer.consolidate_state_dict()
+        # Asking does not change what the next one is told.
+        for _ in range(2):
+            state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        other, resumed, logged = resumed_from_full(make, state, weights)
+        assert not logged
+        train(model, optimizer, range(STOP, END))
+        train(other, resumed, range(STOP, END))
+        assert_same(other, model)
+
+
+def a_consolidated_state_is_saved_by_torch(folder):
+    model, optimizer = sharded(uneven)
+    train(model, optimizer, range(STOP))
+    optimizer.consolidate_state_dict()
+    for name, options in OPTIONS.items():
+        dcp.save(state_of(model, optimizer, options), checkpoint_id=folder / f"consolidated-{name}")
+    train(model, optimizer, range(STOP, END))
+    for name, options in OPTIONS.items():
+        resumed = sharded(uneven)
+        load(*resumed, folder / f"consolidated-{name}", options)
+        train(*resumed, range(STOP, END))
+        assert_same(resumed[0], model)
+
+
+def what_a_rank_gives_after_a_consolidation_is_not_loaded_into(folder):
     model, optimizer = sharded(aligned)
     train(model, optimizer, range(STOP))
-    options = StateDictOptions(full_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
+    path = folder / "before-a-consolidation"
+    dcp.save(state_of(model, optimizer), checkpoint_id=path)
+    optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
-        assert not any(isinstance(v, DTensor) for s in state["state"].values() for v in s.values())
+        load(model, optimizer, path)
+    else:
+        with pytest.raises(ValueError, match=r"consolidate_state_dict\(\) was called since the last step"):
+            load(model, optimizer, path)
+
+
+def parameters_without_gradients_have_lost_no_statistics(folder):
+    """Neither one that never had any, nor one that had none in the steps that statistics take."""
+    for every, without in ((1, lambda step: {2, 3}), (4, lambda step: {2} if step % 4 == 3 else set())):
+
+        def make(every=every):
+            return sharded(aligned, statistics=StatisticsConfig(every=every))
+
+        model, optimizer = make()
+        for step in range(8):
+            set_gradients(model, step, without(step))
+            for index, p in enumerate(model.parameters()):
+                if p.grad is not None:
+                    p.grad = distribute_tensor(gradient(p.shape, index, step), p.device_mesh, p.placements)
+            optimizer.step()
+        path = folder / f"without-gradients-{every}"
+        dcp.save(state_of(model, optimizer), checkpoint_id=path)
+        with Warnings() as log:
+            resumed = make()
+            load(*resumed, path)
+        assert resumed[1].metrics()["step"] == 8
+        assert not log.messages
 
 
 ON_TWO_RANKS = [
@@ -422,6 +536,10 @@ ON_TWO_RANKS = [
     a_consolidated_state_of_shards_loads_everywhere,
     a_part_of_other_shards_is_refused_by_name,
     whole_state_by_torch,
+    a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
+    a_consolidated_state_is_saved_by_torch,
+    what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
+    parameters_without_gradients_have_lost_no_statistics,
 ]
 ON_FOUR_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,

@@ -7,11 +7,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from distributed_checkpoints import SCENARIOS, assert_continues_as_uninterrupted, resume
+from distributed_checkpoints import (
+    SCENARIOS,
+    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch,
+    assert_continues_as_uninterrupted,
+    resume,
+)
 from distributed_ranks import run_ranks
 from distributed_training import make_model, make_optimizer
 
 MODULE = "distributed_checkpoints"
+ON_FOUR_RANKS = [
+    "all_ranks_resume_from_one_file",
+    "load_with_torch",
+    "an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,7 @@ def two(folder):
 @pytest.fixture(scope="module")
 def four(folder, two):
     """Four ranks that go on with what two have left."""
-    return run_ranks(MODULE, 4, folder, "all_ranks_resume_from_one_file", "load_with_torch")
+    return run_ranks(MODULE, 4, folder, *ON_FOUR_RANKS)
 
 
 @pytest.mark.timeout(150)
@@ -37,7 +47,7 @@ def test_two_ranks(two, scenario):
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("scenario", ["all_ranks_resume_from_one_file", "load_with_torch"])
+@pytest.mark.parametrize("scenario", ON_FOUR_RANKS)
 def test_four_ranks_resume_from_two(four, scenario):
     four.require(scenario)
 
@@ -57,3 +67,9 @@ def test_one_process_resumes_from_what_two_ranks_saved_with_torch(two, folder):
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert_continues_as_uninterrupted(model, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_resumes_from_what_two_ranks_saved_with_torch_of_an_attached_preconditioner(two, folder):
+    two.require("an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer")
+    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder, no_dist=True)

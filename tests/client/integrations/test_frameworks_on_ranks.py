@@ -11,6 +11,7 @@ SCENARIOS = [
     "the_hugging_face_trainer_resumes_bit_for_bit",
     "lightning_resumes_bit_for_bit",
     "accelerate_resumes_bit_for_bit",
+    "callbacks_leave_to_torch_what_is_sharded",
 ]
 
 
