@@ -101,17 +101,37 @@ def _worked(group: dict[str, Any], given: Tensors, parameters: Tensors) -> Tenso
     return found
 
 
-def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Tensor | None]]) -> bool:
+def only_initialises(
+    optimizer: Optimizer,
+    gradients: Sequence[Sequence[torch.Tensor | None]],
+    step: int,
+    maximum: Callable[[torch.Tensor], None],
+) -> bool:
     """Whether a step is torch.distributed.checkpoint's, which wants nothing but the state's tensors.
 
     It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero. That
-    must count as no step, touch no statistics and start no session.
+    must count as no step, touch no statistics and start no session. A warm-up that begins at 0 looks alike to
+    a rank whose rows have gradients of zero, or that has no rows, so shards decide together.
+
+    Args:
+        optimizer: the user's, or one of those here.
+        gradients: what this rank holds of them, at least one.
+        step: number of the latest step, the same on all ranks.
+        maximum: see :func:`check_finite`. Called only where the learning rates are 0, before the first step
+            or without state.
     """
+    # One rank may have made its state before the others, as for a checkpoint, but not for longer than a step.
+    if optimizer.state and step > 0:
+        return False
     rates = [group.get("lr") for group in optimizer.param_groups]
     # One that finds its own rates has None here, or no such key.
-    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
+    if any(rate is None or float(rate) != 0 for rate in rates):
         return False
-    return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
+    present = [g for of_group in gradients for g in of_group if g is not None]
+    trains = bool(optimizer.state) or any(bool(g.count_nonzero()) for g in present)
+    verdict = torch.tensor([trains], dtype=torch.int32, device=present[0].device)
+    maximum(verdict)
+    return not bool(verdict)
 
 
 def judge(

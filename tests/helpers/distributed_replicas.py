@@ -382,6 +382,57 @@ def different_settings_are_refused_by_name(folder):
         train(model, make_optimizer(model, distributed=config), range(1))
 
 
+def different_settings_of_an_attached_optimizer_are_refused_by_name(folder):
+    rank = dist.get_rank()
+    for make, message in (
+        (lambda p: torch.optim.SGD(p, lr=0.1 * (1 + rank)), r"lr=0\.1 .*lr=0\.2 "),
+        (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5 * (1 + rank))), r"lr=0\.5 .*lr=1\.0 "),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5 + rank / 4), r"momentum=0\.5 .*momentum=0\.75 "),
+        (
+            lambda p: torch.optim.AdamW(p, betas=(0.5, 0.75 + rank / 8)),
+            r"0\.5, 0\.75\).*0\.5, 0\.875\)",
+        ),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.5 * rank), r"weight_decay=0\.0 .*weight_decay=0\.5 "),
+        (lambda p: (torch.optim.SGD, torch.optim.AdamW)[rank](p, lr=0.1), "SGD .*AdamW "),
+    ):
+        model = make_model()
+        optimizer = make(model.parameters())
+        handle = attach(optimizer, model, service=LocalExchange())
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"0\.weight is not the same parameter on all ranks.*" + message):
+            train(model, optimizer, range(1))
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+        handle.close()
+
+
+def different_settings_of_parameters_without_blocks_are_refused_by_name(folder):
+    """There is no session then. In a model with blocks, a group that comes later changes none."""
+    model = make_model()
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    for parameter in vectors:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Shampoo(vectors, lr=0.1 * (1 + dist.get_rank()), service=LocalExchange())
+    with pytest.raises(ValueError, match=r"group0\.parameter0 is not the same.*lr=0\.1 .*lr=0\.2 "):
+        optimizer.step()
+    with torch.no_grad():
+        vectors[0] += dist.get_rank()
+    optimizer = Shampoo(vectors, service=LocalExchange())
+    with pytest.raises(ValueError, match=r"group0\.parameter0 does not have the same weights"):
+        optimizer.step()
+    for different in (False, True):
+        model, exchange = make_model(), ScriptedExchange()
+        optimizer = Shampoo([model[0].weight], service=exchange)
+        train(model, optimizer, range(2))
+        session = exchange.session
+        optimizer.add_param_group({"params": [model[0].bias], "lr": 0.1 * (1 + different * dist.get_rank())})
+        if different:
+            with pytest.raises(ValueError, match=r"group1\.parameter0 is not the same.*lr=0\.1 .*lr=0\.2 "):
+                train(model, optimizer, range(2, 4))
+        else:
+            train(model, optimizer, range(2, 4))
+        assert exchange.session is session
+
+
 def models_of_their_own_are_refused_unless_distributed_is_off(folder):
     model = make_model()
     with torch.no_grad():
@@ -451,6 +502,8 @@ SCENARIOS = [
     different_models_are_refused_by_name_on_all_ranks,
     different_numbers_of_parameters_are_refused,
     different_settings_are_refused_by_name,
+    different_settings_of_an_attached_optimizer_are_refused_by_name,
+    different_settings_of_parameters_without_blocks_are_refused_by_name,
     models_of_their_own_are_refused_unless_distributed_is_off,
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
     a_process_group_of_some_ranks,

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from distributed_training import EAGER, SCHEDULED, gradient, make_optimizer, on_all_ranks, set_gradients
-from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo
+from preconditioner_client import BlockingConfig, GraftingConfig, LocalExchange, Shampoo, attach
 from scripted_exchange import ScriptedExchange
 
 STOP, END = 10, 24
@@ -179,6 +179,33 @@ def layer_wise_grafting_takes_norms_over_all_shards(folder):
         train(single, reference, range(5))
         # Sums over shards are rounded in another order.
         assert_same(model, single, rtol=1e-4, atol=1e-6)
+
+
+def a_warm_up_from_zero_steps_on_every_rank(folder):
+    """While the rate is 0 a rank without rows, or without gradients in its rows, steps as the others do."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 13)
+    for make, part in ((lambda: nn.Linear(13, 1), 13), (lambda: nn.Linear(13, 4, bias=False), 1)):
+        for attached in (False, True):
+            torch.manual_seed(0)
+            model = make()
+            fully_shard(model, mesh=mesh_of("fsdp"))
+            if attached:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                source = attach(optimizer, model, service=LocalExchange())
+            else:
+                source = optimizer = Shampoo(model.named_parameters(), lr=0.1, service=LocalExchange())
+            # What a checkpoint asks for on one rank before the first step leaves state there.
+            if dist.get_rank() == 0:
+                optimizer.state_dict()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+            for _ in range(4):
+                optimizer.zero_grad()
+                # Of the second model's outputs only the first, which the first rank holds, has a gradient.
+                model(x)[:, :part].square().mean().backward()
+                optimizer.step()
+                scheduler.step()
+            assert source.metrics()["step"] == 4
 
 
 def half_precision_shards(folder):
@@ -414,6 +441,7 @@ def whole_state_by_torch(folder):
 ON_TWO_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
     training_with_backward,
+    a_warm_up_from_zero_steps_on_every_rank,
     half_precision_shards,
     a_gradient_that_is_not_finite_is_refused_by_all_ranks,
     placements_that_are_not_supported_are_refused_by_name,

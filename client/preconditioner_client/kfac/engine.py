@@ -91,7 +91,7 @@ class LayerEngine(Engine):
         parameters: Sequence[torch.Tensor],
         names: Sequence[str],
         compared: Sequence[torch.Tensor] | None = None,
-        update: str = "",
+        update: Callable[[], str] = str,
     ) -> None:
         """See :meth:`Engine.add_group`; what is given are the parameters themselves.
 
