@@ -12,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import (
     EAGER,
+    POLICIES,
     SCHEDULED,
+    Faulty,
     assert_replicas_are_equal,
+    make_attached,
     make_model,
     make_optimizer,
     on_all_ranks,
@@ -219,40 +222,9 @@ def memory_of_owners_and_others_is_as_the_formula_has_it(folder):
         assert max(statistics) > 10 * min(statistics)
 
 
-class Faulty(LocalExchange):
-    """Loses, delays or repeats what it brings, as scripted for a rank; sometimes connects anew."""
-
-    def __init__(self, rank):
-        super().__init__(delay=1)
-        self._rank = rank
-        self._held = []
-        self._last = []
-
-    def collect(self, step):
-        arrived = super().collect(step)
-        if self._rank == 0:
-            return arrived
-        if step % 7 == 3:
-            arrived = []
-        if step % 5 == 2:
-            self._held += arrived
-            arrived = []
-        if step % 4 == 0:
-            arrived = self._held + arrived + self._last
-            self._held = []
-        if step == 11:
-            self._counters["connections"] += 1
-        self._last = arrived or self._last
-        return arrived
-
-
 def replicas_stay_bit_identical_whatever_arrives_when(folder):
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    for staleness in (
-        StalenessConfig(refresh_every=2, max_staleness=3, policy="graft"),
-        StalenessConfig(refresh_every=2, max_staleness=4, policy="wait", stale_timeout=0.01),
-        StalenessConfig(refresh_every=2, max_staleness=4, policy="keep"),
-    ):
+    for staleness in POLICIES:
         model, undisturbed, overlapped = make_model(), make_model(), make_model()
         optimizer = make_optimizer(model, staleness=staleness, service=Faulty(rank))
         bucketed = make_optimizer(
@@ -272,6 +244,30 @@ def replicas_stay_bit_identical_whatever_arrives_when(folder):
         assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
         stale = on_all_ranks(optimizer.metrics()["age_max"])
         assert stale[last] > stale[0]
+
+
+def attached_replicas_stay_bit_identical_whatever_arrives_when(folder):
+    """Each rank has its own part of the batch, and its own faults."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(18, 8 * dist.get_world_size(), 12, generator=generator)
+    own = x[:, dist.get_rank() :: dist.get_world_size()]
+
+    def trained(staleness, service):
+        model = make_model()
+        optimizer, handle = make_attached(model, staleness=staleness, service=service)
+        parallel = DistributedDataParallel(model)
+        for batch in own:
+            optimizer.zero_grad()
+            parallel(batch).sub(batch[:, :8]).square().mean().backward()
+            optimizer.step()
+            assert_replicas_are_equal(model)
+        return model, on_all_ranks(handle.metrics()["age_max"])
+
+    for staleness in POLICIES:
+        model, ages = trained(staleness, Faulty(dist.get_rank()))
+        undisturbed, _ = trained(staleness, LocalExchange(1))
+        assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
+        assert ages[-1] > ages[0]
 
 
 def an_exchange_that_never_answers_at_one_rank(folder):
@@ -495,6 +491,7 @@ SCENARIOS = [
     an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
+    attached_replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
     an_attached_preconditioner_shares_its_blocks,
@@ -516,6 +513,7 @@ ON_FOUR_RANKS = [
     overlapped_updates_are_those_of_one_all_gather,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
+    attached_replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
