@@ -1,21 +1,22 @@
 """What all ranks must agree on before a session opens: its epoch and job, and that they train the same.
 
-Everything here is collective: all ranks of the grid call it in the same step. It moves a few hundred bytes
+:func:`agree` is collective: all ranks of the grid call it in the same step. It moves about a thousand bytes
 and happens once per session, never in an ordinary step.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from preconditioner_client.distribution import Ranks
 
-_TEXT_BYTES = 512
+_TEXT_BYTES = 1024
 _HINT = (
     "make the optimizer alike on all ranks, or give DistributedConfig(process_group=...) with the ranks that "
     "hold the same parameters"
@@ -33,6 +34,28 @@ class Described:
 
     text: str
     held: torch.Tensor
+
+
+def settings_text(group: dict[str, Any], keys: Iterable[str]) -> str:
+    """Settings of a parameter group, for :attr:`Described.text`.
+
+    A tensor on an accelerator is left out, as the host would have to wait for its value.
+
+    Args:
+        group: as in ``param_groups``.
+        keys: those that count; a group may lack some.
+    """
+    values = {key: _value(group[key]) for key in keys if key in group}
+    return " ".join(f"{key}={value}" for key, value in values.items() if value is not None)
+
+
+def _value(setting: Any) -> str | None:
+    """Of a number, also in a tensor, or a tuple of them; else as it is written."""
+    if isinstance(setting, torch.Tensor):
+        return str(setting.tolist()) if setting.device.type == "cpu" else None
+    if isinstance(setting, (tuple, list)):
+        return f"({', '.join(_value(part) or '?' for part in setting)})"
+    return str(setting)
 
 
 def agree(

@@ -6,12 +6,14 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
+from preconditioner_client.agreement import settings_text
 from preconditioner_client.config import Grafting, GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
@@ -255,7 +257,7 @@ class Attachment:
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return
-        if only_initialises(optimizer, gradients):
+        if only_initialises(optimizer, gradients, self._engine.step, self._engine.ranks.maximum_over_shards):
             return
         self._restored = False
         with self._engine.recorded():
@@ -332,8 +334,16 @@ class Attachment:
             names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
             for parameter, name in zip(params, names, strict=True):
                 check_parameter(parameter, name)
-            self._engine.add_group(self._settings, params, names, update=str(self._grafting))
+            self._engine.add_group(
+                self._settings, params, names, update=partial(self._update_settings, number)
+            )
         return plans
+
+    def _update_settings(self, number: int) -> str:
+        """What replicas must have in common beside what blocks follow from: the optimizer and its numbers."""
+        optimizer = self._optimizer
+        numbers = settings_text(optimizer.param_groups[number], optimizer.defaults)
+        return f"{type(optimizer).__name__} {numbers} {self._grafting}"
 
     def _refuse_copy(self) -> dict[str, Any]:
         raise TypeError(

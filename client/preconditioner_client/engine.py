@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,11 @@ class Engine:
         self._exchange = self._raw_exchange
         self._session_due = False
         self._session_opened = False
+        self._check_due = False
         self._loads = Loads()
         self.parameters: list[torch.Tensor] = []
         self._devices: list[torch.device] = []
-        self._texts: list[str] = []
+        self._texts: list[tuple[str, Callable[[], str]]] = []
         self._shapes: list[torch.Size] = []
         self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
@@ -93,7 +94,7 @@ class Engine:
         parameters: Sequence[torch.Tensor],
         names: Sequence[str],
         compared: Sequence[torch.Tensor] | None = None,
-        update: str = "",
+        update: Callable[[], str] = str,
     ) -> None:
         """Plan the blocks of another group; they join the session with the next step.
 
@@ -104,7 +105,8 @@ class Engine:
             parameters: what is preconditioned.
             names: one for each parameter.
             compared: one for each parameter: what replicas must hold the same bits of; default itself.
-            update: what else must be alike on all ranks, since replicas would drift apart.
+            update: what else must be alike on all ranks, since replicas would drift apart; asked for when
+                ranks compare it, as a scheduler may change it between now and then.
 
         Raises:
             ValueError: the parameters lie over ranks in a way that is not supported, or not as the earlier
@@ -126,9 +128,11 @@ class Engine:
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
-            self._texts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings} {update}")
+            lasting = f"{name} {tuple(parameter.shape)} {parameter.dtype} {settings}"
+            self._texts.append((lasting, update))
         self._shared = None
         self._session_due |= bool(plan.blocks)
+        self._check_due |= bool(parameters)
 
     def forget_moved(self, groups: Sequence[Sequence[torch.Tensor]]) -> bool:
         """Drop all plans if they are of other tensors than these, or of the same on another device.
@@ -164,7 +168,7 @@ class Engine:
         self._held = HeldBlocks()
         self._loads = Loads()
         self._shared = None
-        self._session_due = False
+        self._session_due = self._check_due = False
         self.ranks = Ranks()
         self.refresher = Refresher(self.refresher.config, [], self._held.snapshots, self._held.adopt)
         self.refresher.history = self._history
@@ -231,6 +235,9 @@ class Engine:
         """
         # Not timed: ranks wait here for those that begin later.
         session = self._agreed_session() if self._session_due else None
+        if self._check_due:
+            # Parameters without blocks need no session, but the same settings everywhere.
+            self._agree()
         self.step += 1
         if self._history is not None:
             self._step_began = time.perf_counter()
@@ -345,6 +352,7 @@ class Engine:
         self.epoch = max(time.time_ns() // 1000, saved_epoch + 1, self.epoch + 1)
         # The next step opens the session of the new epoch.
         self._session_due = any(plan.blocks for plan in self.plans)
+        self._check_due = bool(self.parameters)
 
     def close(self) -> None:
         """End the exchange. Idempotent."""
@@ -355,12 +363,7 @@ class Engine:
         # The protocol fixes the manifest for an epoch, so added blocks need another one.
         self.epoch += self._session_opened
         self._session_opened = True
-        described = [
-            Described(text, local(parameter))
-            for text, parameter in zip(self._texts, self._compared, strict=True)
-        ]
-        common = f"{self.refresher.config}, {self.ranks.communication}"
-        self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)
+        self._agree()
         self._session_due = False
         staleness = self.refresher.config
         devices = self._held.devices()
@@ -377,6 +380,17 @@ class Engine:
         if self._history is not None:
             self._history.session(session, staleness, self.refresher.versions, self.step)
         return session
+
+    def _agree(self) -> None:
+        """Compare what all ranks must have alike, and take over their epoch and job. Collective."""
+        if self.ranks.groups:
+            described = [
+                Described(f"{lasting} {update()}", local(parameter))
+                for (lasting, update), parameter in zip(self._texts, self._compared, strict=True)
+            ]
+            common = f"{self.refresher.config}, {self.ranks.communication}"
+            self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)
+        self._check_due = False
 
     def _open(self, session: SessionSpec) -> None:
         if not session.blocks:

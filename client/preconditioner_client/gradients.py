@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from preconditioner_client.distribution import local
 from preconditioner_client.foreach import Tensors, cast, cast_like, picked, positions_by_kind
 from preconditioner_client.grafting import owns_weight_decay
-from preconditioner_client.guard import Guard
+from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.transfer import upload
 
 
@@ -101,17 +101,44 @@ def _worked(group: dict[str, Any], given: Tensors, parameters: Tensors) -> Tenso
     return found
 
 
-def only_initialises(optimizer: Optimizer, gradients: Sequence[Sequence[torch.Tensor | None]]) -> bool:
+def only_initialises(
+    optimizer: Optimizer,
+    gradients: Sequence[Sequence[torch.Tensor | None]],
+    step: int,
+    maximum: Callable[[torch.Tensor], None],
+) -> bool:
     """Whether a step is torch.distributed.checkpoint's, which wants nothing but the state's tensors.
 
     It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of zero. That
-    must count as no step, touch no statistics and start no session.
+    must count as no step, touch no statistics and start no session. A warm-up that begins at 0 looks alike to
+    a rank whose rows have gradients of zero, or that has no rows, so shards decide together.
+
+    Args:
+        optimizer: the user's, or one of those here.
+        gradients: what this rank holds of them, at least one.
+        step: number of the latest step, the same on all ranks.
+        maximum: see :func:`check_finite`. Called only before the first step or without state, and where
+            learning rates are 0, or lie on an accelerator and are not known without waiting for it.
     """
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    # One that finds its own rates has None here, or no such key.
-    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
+    # One rank may have made its state before the others, as for a checkpoint, but not for longer than a step.
+    if optimizer.state and step > 0:
         return False
-    return not any(bool(g.count_nonzero()) for of_group in gradients for g in of_group if g is not None)
+    deferred: list[torch.Tensor] = []
+    for rate in (group.get("lr") for group in optimizer.param_groups):
+        if isinstance(rate, torch.Tensor) and is_deferred(rate.device):
+            deferred.append(rate)
+        # One that finds its own rates has None here, or no such key.
+        elif rate is None or float(rate) != 0:
+            return False
+    present = [g for of_group in gradients for g in of_group if g is not None]
+    trains = (
+        bool(optimizer.state)
+        or any(bool(rate) for rate in deferred)
+        or any(bool(g.count_nonzero()) for g in present)
+    )
+    verdict = torch.full((1,), int(trains), dtype=torch.int32, device=present[0].device)
+    maximum(verdict)
+    return not (trains or bool(verdict))
 
 
 def judge(

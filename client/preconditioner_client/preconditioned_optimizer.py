@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast, overload
 
 import torch
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
+from preconditioner_client.agreement import settings_text
 from preconditioner_client.distribution import is_dtensor
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
@@ -89,7 +91,7 @@ class PreconditionedOptimizer(Optimizer):
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return loss
-        if only_initialises(self, gradients):
+        if only_initialises(self, gradients, engine.step, engine.ranks.maximum_over_shards):
             for group, of_group in zip(self.param_groups, gradients, strict=True):
                 states_of(self.state, group, of_group, momentum_too=group["momentum"] > 0)
             checkpoint.write(self, engine)
@@ -239,7 +241,7 @@ class PreconditionedOptimizer(Optimizer):
                 settings,
                 group["params"],
                 names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
-                update=_update_settings(group, self.defaults),
+                update=partial(_update_settings, group, self.defaults),
             )
         return engine
 
@@ -253,10 +255,5 @@ def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _update_settings(group: dict[str, Any], defaults: dict[str, Any]) -> str:
     """What replicas must have in common beside what blocks follow from."""
-    of_blocks = {"blocking", "statistics", "root"}
-    # Frameworks add defaults that groups lack; a tensor is not read, as the host could have to wait for it.
-    return " ".join(
-        f"{key}={group[key]}"
-        for key in defaults
-        if key in group and key not in of_blocks and not isinstance(group[key], torch.Tensor)
-    )
+    # Frameworks add defaults that groups lack.
+    return settings_text(group, [key for key in defaults if key not in {"blocking", "statistics", "root"}])

@@ -46,7 +46,7 @@ def train(model, x, y, optimizer, steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("grafting", ["sgd", "adagrad", "rmsprop", "adam", "none"])
+@pytest.mark.parametrize("grafting", ["sgd", "adagrad", "rmsprop", "adam", "lars", "lamb", "none"])
 def test_under_plain_sgd_it_is_shampoo_itself(grafting):
     """The two share all machinery, so with SGD behind the hook the weights are the same to the bit."""
     settings = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -90,6 +93,40 @@ def a_replica_without_a_batch_of_a_layer_stays_the_same(folder):
         train(parallel, _Spoiled(optimizer, step % 2 == dist.get_rank()), [step], kind=model, part=own_part())
         assert_replicas_are_equal(model)
         assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def a_replica_with_an_empty_batch_or_without_a_layer_is_none_to_warn_of(folder):
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("preconditioner_client").addHandler(handler)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Conv1d(2, 3, 2), "second": nn.Linear(4, 4), "third": nn.Linear(4, 2)})
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, inputs):
+            hidden = self.layers["first"](inputs)
+            if dist.get_rank() == 0:
+                hidden = self.layers["second"](hidden)
+            return self.layers["third"](hidden)
+
+    net = DistributedDataParallel(Net(), find_unused_parameters=True)
+    optimizer = make(model, factor_dtype=torch.float32)
+    inputs = torch.randn(8, 2, 5)[: None if dist.get_rank() == 0 else 0]
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(inputs).square().sum().backward()
+        optimizer.step()
+        assert_replicas_are_equal(model)
+    logging.getLogger("preconditioner_client").removeHandler(handler)
+    assert not records
+    assert sum(on_all_ranks(optimizer.metrics()["blocks_with_version"])) == 3
+    assert optimizer.metrics()["refused"] == 0
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 class _Spoiled:
@@ -195,6 +232,7 @@ SCENARIOS = [
     half_precision_halves_the_bytes,
     layers_have_one_owner_and_replicas_stay_the_same,
     a_replica_without_a_batch_of_a_layer_stays_the_same,
+    a_replica_with_an_empty_batch_or_without_a_layer_is_none_to_warn_of,
     a_consolidated_state_resumes_on_one_rank_and_on_all,
     torch_saves_and_loads_the_parts_of_all_ranks,
     memory_of_owners_is_as_the_formula_has_it,

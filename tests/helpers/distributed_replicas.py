@@ -12,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import (
     EAGER,
+    POLICIES,
     SCHEDULED,
+    Faulty,
     assert_replicas_are_equal,
+    make_attached,
     make_model,
     make_optimizer,
     on_all_ranks,
@@ -219,40 +222,9 @@ def memory_of_owners_and_others_is_as_the_formula_has_it(folder):
         assert max(statistics) > 10 * min(statistics)
 
 
-class Faulty(LocalExchange):
-    """Loses, delays or repeats what it brings, as scripted for a rank; sometimes connects anew."""
-
-    def __init__(self, rank):
-        super().__init__(delay=1)
-        self._rank = rank
-        self._held = []
-        self._last = []
-
-    def collect(self, step):
-        arrived = super().collect(step)
-        if self._rank == 0:
-            return arrived
-        if step % 7 == 3:
-            arrived = []
-        if step % 5 == 2:
-            self._held += arrived
-            arrived = []
-        if step % 4 == 0:
-            arrived = self._held + arrived + self._last
-            self._held = []
-        if step == 11:
-            self._counters["connections"] += 1
-        self._last = arrived or self._last
-        return arrived
-
-
 def replicas_stay_bit_identical_whatever_arrives_when(folder):
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    for staleness in (
-        StalenessConfig(refresh_every=2, max_staleness=3, policy="graft"),
-        StalenessConfig(refresh_every=2, max_staleness=4, policy="wait", stale_timeout=0.01),
-        StalenessConfig(refresh_every=2, max_staleness=4, policy="keep"),
-    ):
+    for staleness in POLICIES:
         model, undisturbed, overlapped = make_model(), make_model(), make_model()
         optimizer = make_optimizer(model, staleness=staleness, service=Faulty(rank))
         bucketed = make_optimizer(
@@ -272,6 +244,30 @@ def replicas_stay_bit_identical_whatever_arrives_when(folder):
         assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
         stale = on_all_ranks(optimizer.metrics()["age_max"])
         assert stale[last] > stale[0]
+
+
+def attached_replicas_stay_bit_identical_whatever_arrives_when(folder):
+    """Each rank has its own part of the batch, and its own faults."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(18, 8 * dist.get_world_size(), 12, generator=generator)
+    own = x[:, dist.get_rank() :: dist.get_world_size()]
+
+    def trained(staleness, service):
+        model = make_model()
+        optimizer, handle = make_attached(model, staleness=staleness, service=service)
+        parallel = DistributedDataParallel(model)
+        for batch in own:
+            optimizer.zero_grad()
+            parallel(batch).sub(batch[:, :8]).square().mean().backward()
+            optimizer.step()
+            assert_replicas_are_equal(model)
+        return model, on_all_ranks(handle.metrics()["age_max"])
+
+    for staleness in POLICIES:
+        model, ages = trained(staleness, Faulty(dist.get_rank()))
+        undisturbed, _ = trained(staleness, LocalExchange(1))
+        assert not torch.equal(model[0].weight, undisturbed[0].weight), "the faults did nothing"
+        assert ages[-1] > ages[0]
 
 
 def an_exchange_that_never_answers_at_one_rank(folder):
@@ -382,6 +378,57 @@ def different_settings_are_refused_by_name(folder):
         train(model, make_optimizer(model, distributed=config), range(1))
 
 
+def different_settings_of_an_attached_optimizer_are_refused_by_name(folder):
+    rank = dist.get_rank()
+    for make, message in (
+        (lambda p: torch.optim.SGD(p, lr=0.1 * (1 + rank)), r"lr=0\.1 .*lr=0\.2 "),
+        (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5 * (1 + rank))), r"lr=0\.5 .*lr=1\.0 "),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5 + rank / 4), r"momentum=0\.5 .*momentum=0\.75 "),
+        (
+            lambda p: torch.optim.AdamW(p, betas=(0.5, 0.75 + rank / 8)),
+            r"0\.5, 0\.75\).*0\.5, 0\.875\)",
+        ),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.5 * rank), r"weight_decay=0\.0 .*weight_decay=0\.5 "),
+        (lambda p: (torch.optim.SGD, torch.optim.AdamW)[rank](p, lr=0.1), "SGD .*AdamW "),
+    ):
+        model = make_model()
+        optimizer = make(model.parameters())
+        handle = attach(optimizer, model, service=LocalExchange())
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"0\.weight is not the same parameter on all ranks.*" + message):
+            train(model, optimizer, range(1))
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+        handle.close()
+
+
+def different_settings_of_parameters_without_blocks_are_refused_by_name(folder):
+    """There is no session then. In a model with blocks, a group that comes later changes none."""
+    model = make_model()
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    for parameter in vectors:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Shampoo(vectors, lr=0.1 * (1 + dist.get_rank()), service=LocalExchange())
+    with pytest.raises(ValueError, match=r"group0\.parameter0 is not the same.*lr=0\.1 .*lr=0\.2 "):
+        optimizer.step()
+    with torch.no_grad():
+        vectors[0] += dist.get_rank()
+    optimizer = Shampoo(vectors, service=LocalExchange())
+    with pytest.raises(ValueError, match=r"group0\.parameter0 does not have the same weights"):
+        optimizer.step()
+    for different in (False, True):
+        model, exchange = make_model(), ScriptedExchange()
+        optimizer = Shampoo([model[0].weight], service=exchange)
+        train(model, optimizer, range(2))
+        session = exchange.session
+        optimizer.add_param_group({"params": [model[0].bias], "lr": 0.1 * (1 + different * dist.get_rank())})
+        if different:
+            with pytest.raises(ValueError, match=r"group1\.parameter0 is not the same.*lr=0\.1 .*lr=0\.2 "):
+                train(model, optimizer, range(2, 4))
+        else:
+            train(model, optimizer, range(2, 4))
+        assert exchange.session is session
+
+
 def models_of_their_own_are_refused_unless_distributed_is_off(folder):
     model = make_model()
     with torch.no_grad():
@@ -444,6 +491,7 @@ SCENARIOS = [
     an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
+    attached_replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
     an_attached_preconditioner_shares_its_blocks,
@@ -451,6 +499,8 @@ SCENARIOS = [
     different_models_are_refused_by_name_on_all_ranks,
     different_numbers_of_parameters_are_refused,
     different_settings_are_refused_by_name,
+    different_settings_of_an_attached_optimizer_are_refused_by_name,
+    different_settings_of_parameters_without_blocks_are_refused_by_name,
     models_of_their_own_are_refused_unless_distributed_is_off,
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
     a_process_group_of_some_ranks,
@@ -463,6 +513,7 @@ ON_FOUR_RANKS = [
     overlapped_updates_are_those_of_one_all_gather,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
+    attached_replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,

@@ -21,13 +21,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from distributed_training import EAGER, SCHEDULED, gradient, make_optimizer, on_all_ranks, set_gradients
+from distributed_training import (
+    EAGER,
+    POLICIES,
+    SCHEDULED,
+    Faulty,
+    gradient,
+    make_attached,
+    make_optimizer,
+    on_all_ranks,
+    set_gradients,
+)
+from live_tensors import Waiting, peak_of_steps
 from preconditioner_client import (
     BlockingConfig,
     GraftingConfig,
     LocalExchange,
     Shampoo,
+    StalenessConfig,
     StatisticsConfig,
+    attach,
 )
 from scripted_exchange import ScriptedExchange
 
@@ -187,6 +200,33 @@ def layer_wise_grafting_takes_norms_over_all_shards(folder):
         assert_same(model, single, rtol=1e-4, atol=1e-6)
 
 
+def a_warm_up_from_zero_steps_on_every_rank(folder):
+    """While the rate is 0 a rank without rows, or without gradients in its rows, steps as the others do."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 13)
+    for make, part in ((lambda: nn.Linear(13, 1), 13), (lambda: nn.Linear(13, 4, bias=False), 1)):
+        for attached in (False, True):
+            torch.manual_seed(0)
+            model = make()
+            fully_shard(model, mesh=mesh_of("fsdp"))
+            if attached:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                source = attach(optimizer, model, service=LocalExchange())
+            else:
+                source = optimizer = Shampoo(model.named_parameters(), lr=0.1, service=LocalExchange())
+            # What a checkpoint asks for on one rank before the first step leaves state there.
+            if dist.get_rank() == 0:
+                optimizer.state_dict()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+            for _ in range(4):
+                optimizer.zero_grad()
+                # Of the second model's outputs only the first, which the first rank holds, has a gradient.
+                model(x)[:, :part].square().mean().backward()
+                optimizer.step()
+                scheduler.step()
+            assert source.metrics()["step"] == 4
+
+
 def half_precision_shards(folder):
     model = aligned().to(torch.bfloat16)
     fully_shard(model, mesh=mesh_of("fsdp"))
@@ -316,20 +356,23 @@ def a_part_of_other_shards_is_refused_by_name(folder):
         sharded(uneven)[1].load_state_dict(state)
 
 
+def assert_replicas_hold_the_same_bits(model):
+    """Of every shard."""
+    held = torch.cat([p.to_local().detach().reshape(-1) for p in model.parameters()])
+    replicas = [torch.empty_like(held) for _ in range(2)]
+    dist.all_gather(replicas, held, group=model[0].weight.device_mesh.get_group("replicate"))
+    assert torch.equal(*replicas)
+
+
 def shards_of_replicas_give_the_bits_of_one_process(folder):
     exchange = ScriptedExchange()
     model, optimizer = sharded(aligned, "hsdp")
-    mesh = model[0].weight.device_mesh
     single, reference = alone(aligned)
     for step in range(12):
         train(model, optimizer, [step])
         train(single, reference, [step])
         assert_same(model, single)
-        held = torch.cat([p.to_local().detach().reshape(-1) for p in model.parameters()])
-        group = mesh.get_group("replicate")
-        replicas = [torch.empty_like(held) for _ in range(2)]
-        dist.all_gather(replicas, held, group=group)
-        assert torch.equal(*replicas)
+        assert_replicas_hold_the_same_bits(model)
     optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
         states, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
@@ -347,6 +390,53 @@ def shards_of_replicas_give_the_bits_of_one_process(folder):
     names = [name for _, names, _ in told for name in names]
     assert len(names) == len(set(names)) == reference.metrics()["blocks"]
     assert len({epoch for *_, epoch in told}) == 1
+
+
+def replicas_of_shards_stay_bit_identical_whatever_arrives_when(folder):
+    """Each rank has its own part of the batch, and faults of its own: two shards, two replicas of each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(18, 8 * dist.get_world_size(), 12, generator=generator)
+    own = x[:, dist.get_rank() :: dist.get_world_size()]
+
+    def trained(attached, staleness, service):
+        model = shard(uneven(), "hsdp")
+        if attached:
+            optimizer, source = make_attached(model, staleness=staleness, service=service)
+        else:
+            source = optimizer = make_optimizer(model, staleness=staleness, service=service)
+        for batch in own:
+            optimizer.zero_grad()
+            model(batch).sub(batch[:, :1]).square().mean().backward()
+            optimizer.step()
+            assert_replicas_hold_the_same_bits(model)
+        return whole(model[0].weight), on_all_ranks(source.metrics()["age_max"])
+
+    for attached, staleness in (*((False, policy) for policy in POLICIES), (True, POLICIES[0])):
+        weight, ages = trained(attached, staleness, Faulty(dist.get_rank()))
+        undisturbed, _ = trained(attached, staleness, LocalExchange(1))
+        assert not torch.equal(weight, undisturbed), "the faults did nothing"
+        assert max(ages[1:]) > ages[0]
+
+
+def memory_of_shards_is_as_the_formula_has_it(folder):
+    """On two ranks as shards, on four as replicas of shards, too; some hold no block of the last layer."""
+    for kind in ("fsdp", "hsdp") if dist.get_world_size() == 4 else ("fsdp",):
+        for settings in ({}, {"grafting": GraftingConfig(method="lamb"), "momentum": 0.9, "nesterov": True}):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 96), nn.Linear(96, 1))
+            shard(model, kind)
+            optimizer = Shampoo(
+                model.named_parameters(),
+                blocking=BlockingConfig(block_size=128),
+                staleness=StalenessConfig(refresh_every=2, stagger=False),
+                service=Waiting(),
+                **settings,
+            )
+            estimate = optimizer.estimate_memory()
+            expected = estimate.total - estimate.in_flight
+            measured = peak_of_steps(optimizer)
+            ratios = on_all_ranks(expected / measured)
+            assert all(1 <= ratio <= 1.3 for ratio in ratios), (kind, ratios, measured, estimate)
 
 
 def shards_of_replicas_resume_bit_for_bit(folder):
@@ -528,6 +618,8 @@ def parameters_without_gradients_have_lost_no_statistics(folder):
 ON_TWO_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
     training_with_backward,
+    a_warm_up_from_zero_steps_on_every_rank,
+    memory_of_shards_is_as_the_formula_has_it,
     half_precision_shards,
     a_gradient_that_is_not_finite_is_refused_by_all_ranks,
     placements_that_are_not_supported_are_refused_by_name,
@@ -549,6 +641,8 @@ ON_FOUR_RANKS = [
     another_number_of_ranks_keeps_what_it_can,
     moments_are_resharded_exactly,
     shards_of_replicas_give_the_bits_of_one_process,
+    replicas_of_shards_stay_bit_identical_whatever_arrives_when,
+    memory_of_shards_is_as_the_formula_has_it,
     shards_of_replicas_resume_bit_for_bit,
 ]
 SCENARIOS = [*ON_TWO_RANKS, *(s for s in ON_FOUR_RANKS if s not in ON_TWO_RANKS)]

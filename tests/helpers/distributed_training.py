@@ -23,6 +23,14 @@ ADAMW = {"foreach": {"foreach": True}, "fused": {"fused": True}, "one by one": {
 """The ways in which torch's AdamW takes its tensors."""
 
 
+POLICIES = (
+    StalenessConfig(refresh_every=2, max_staleness=3, policy="graft"),
+    StalenessConfig(refresh_every=2, max_staleness=4, policy="wait", stale_timeout=0.01),
+    StalenessConfig(refresh_every=2, max_staleness=4, policy="keep"),
+)
+"""What to do about blocks that grow too old, which they do with a :class:`Faulty` exchange."""
+
+
 def make_model(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(
@@ -52,6 +60,34 @@ def make_attached(model, way="foreach", method="adam", **settings):
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW[way])
     return optimizer, attach(optimizer, model, **(defaults | settings))
+
+
+class Faulty(LocalExchange):
+    """Loses, delays or repeats what it brings, and connects anew; each rank at its own steps, 0 never."""
+
+    def __init__(self, rank):
+        super().__init__(delay=1)
+        self._rank = rank
+        self._held = []
+        self._last = []
+
+    def collect(self, step):
+        arrived = super().collect(step)
+        if self._rank == 0:
+            return arrived
+        step += self._rank - 1
+        if step % 7 == 3:
+            arrived = []
+        if step % 5 == 2:
+            self._held += arrived
+            arrived = []
+        if step % 4 == 0:
+            arrived = self._held + arrived + self._last
+            self._held = []
+        if step == 11:
+            self._counters["connections"] += 1
+        self._last = arrived or self._last
+        return arrived
 
 
 def gradient(shape, index, step):

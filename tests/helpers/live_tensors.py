@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from preconditioner_client.distribution import like, local
 from scripted_exchange import ScriptedExchange
 
 
@@ -22,7 +23,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self, known):
         super().__init__()
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {local(tensor).untyped_storage()._cdata for tensor in known}
         self._alive = {}
         self._bytes = 0
         self.peak = 0
@@ -31,7 +32,7 @@ class LiveTensors(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, result)):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
+                storage = local(tensor).untyped_storage()
                 if storage._cdata not in self._known and storage._cdata not in self._alive:
                     self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self._bytes += storage.nbytes()
@@ -73,7 +74,8 @@ def peak_of_steps(optimizer, steps=5, adopts=True, metrics=None):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        held = torch.randn(local(parameter.detach()).shape, generator=generator)
+        parameter.grad = like(parameter, held.to(parameter.dtype))
     live = LiveTensors([*parameters, *(p.grad for p in parameters)])
     with live:
         for _ in range(steps):

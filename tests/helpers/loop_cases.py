@@ -314,11 +314,13 @@ class NesterovMomentum(Case):
 
 
 class GraftedToLARS(Case):
-    shampoo_options: ClassVar = {"grafting": GraftingConfig(method="lars"), "lr": 1.0, "weight_decay": 0.01}
+    options: ClassVar = {"grafting": GraftingConfig(method="lars")}
+    shampoo_options: ClassVar = {"lr": 1.0, "weight_decay": 0.01}
 
 
 class GraftedToLAMB(Case):
-    shampoo_options: ClassVar = {"grafting": GraftingConfig(method="lamb"), "weight_decay": 0.01}
+    options: ClassVar = {"grafting": GraftingConfig(method="lamb")}
+    shampoo_options: ClassVar = {"weight_decay": 0.01}
 
 
 class GraftedToAdagrad(Case):
@@ -337,7 +339,7 @@ def _statistics_dtypes(optimizer):
     return {s[key].dtype for s in states for key in s if ".statistics." in key}
 
 
-SHAMPOO_ALONE = {NesterovMomentum, GraftedToLARS, GraftedToLAMB}
+SHAMPOO_ALONE = {NesterovMomentum}
 CASES = [
     PlainLoop,
     GroupsOfTheirOwn,

@@ -94,7 +94,7 @@ class LayerEngine(Engine):
         parameters: Sequence[torch.Tensor],
         names: Sequence[str],
         compared: Sequence[torch.Tensor] | None = None,
-        update: str = "",
+        update: Callable[[], str] = str,
     ) -> None:
         """See :meth:`Engine.add_group`; what is given are the parameters themselves.
 
@@ -211,7 +211,8 @@ class LayerEngine(Engine):
                 key: reduced[key] for key in found if key in reduced
             }
         else:
-            averaged = {key: [side / n for side in sides] for key, (n, sides) in found.items()}
+            # Batches may have been empty.
+            averaged = {key: [side / n for side in sides] for key, (n, sides) in found.items() if n}
         for number, plan in enumerate(self.plans):
             if due[number]:
                 self._fold(number, plan, averaged, guard)
@@ -222,6 +223,7 @@ class LayerEngine(Engine):
             guard,
         )
         self._recorder.layers.forget_batches()
+        self._recorder.report_missed(self._place)
 
     def _batch_factors(self, gradients: Sequence[MaybeTensors], due: Sequence[bool]) -> dict[Key, Weighted]:
         """What this rank's batches bring for each block, whoever owns it."""

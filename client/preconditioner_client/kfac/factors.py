@@ -21,6 +21,7 @@ Backward gives gradients of the batch's *mean* loss, hence ``g = N dL/dy`` for N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ def convolution_factors(
     g = gradients.to(torch.float32).flatten(2).mT.flatten(0, 1)  # (N places, out)
     if bias:
         a = F.pad(a, (0, 1), value=1.0)
-    places = g.shape[0] // examples
+    places = math.prod(gradients.shape[2:])
     return Factors(examples, (g.mT @ g).mul_(float(examples) ** 2 / places), a.mT @ a)
 
 
@@ -146,7 +147,7 @@ def batch_norm_fisher(scaled: torch.Tensor, gradients: torch.Tensor) -> tuple[fl
         example's loss by scale and shift.
     """
     examples = gradients.shape[0]
-    g = gradients.to(torch.float32).reshape(*gradients.shape[:2], -1)
+    g = gradients.to(torch.float32).reshape(*gradients.shape[:2], math.prod(gradients.shape[2:]))
     by_scale = (g * scaled.to(torch.float32).reshape(g.shape)).sum(-1)  # (N, C)
     by_shift = g.sum(-1)
     products = (by_scale * by_scale, by_scale * by_shift, by_shift * by_shift)

@@ -171,15 +171,15 @@ def find_layers(model: nn.Module) -> Layers:
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
             continue
         trained = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
-        if isinstance(module, _BATCH_NORMS):
-            if trained is not None:
-                found.batch_norms.append(BatchNormLayer(name, module, weight, trained))
-        elif isinstance(module, (nn.Linear, nn.Embedding)) or _is_known_convolution(module):
-            if any(uses[id(p)] > 1 for p in (weight, bias) if p is not None):
-                logger.info("%s shares its weight with another module and takes the gradient's step", name)
-                continue
-            if weight.numel():
-                found.matrices.append(MatrixLayer(name, module, weight, trained))
+        is_norm = isinstance(module, _BATCH_NORMS)
+        if not (is_norm or isinstance(module, (nn.Linear, nn.Embedding)) or _is_known_convolution(module)):
+            continue
+        if any(uses[id(p)] > 1 for p in (weight, bias) if p is not None):
+            logger.info("%s shares its weight with another module and takes the gradient's step", name)
+        elif not is_norm and weight.numel():
+            found.matrices.append(MatrixLayer(name, module, weight, trained))
+        elif is_norm and trained is not None:
+            found.batch_norms.append(BatchNormLayer(name, module, weight, trained))
     return found
 
 

@@ -60,7 +60,8 @@ class FactorReduction:
             own: of this replica's batches; a block without any is left out.
 
         Returns:
-            For each block that this replica owns its averaged factors; those that no replica has are 0.
+            For each block that this replica owns its averaged factors; NaN where no replica had any, or all
+            batches were empty.
         """
         for replica, owned in enumerate(self._owned):
             self._fill(self._sent[replica], owned, own)
@@ -69,7 +70,7 @@ class FactorReduction:
         result: dict[Key, list[torch.Tensor]] = {}
         at = begin = 0
         for key, block in self._owned[self._ranks.replica]:
-            examples = head[:, at].sum().clamp_min(torch.finfo(torch.float32).tiny)
+            examples = head[:, at].sum()
             at += 1
             sides = []
             for n in block.sides:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from kfac_models import Words, seeded
 from preconditioner_client.kfac.factors import diagonal_direction, patches, unit_wise_direction
-from preconditioner_client.kfac.layers import convolution_shape, find_layers
+from preconditioner_client.kfac.layers import MatrixLayer, convolution_shape, find_layers
 from preconditioner_client.kfac.recording import Recorder
 
 
@@ -192,6 +194,51 @@ def test_directions_of_batch_norm_solve_their_systems():
     torch.testing.assert_close(unit_wise, torch.linalg.solve(damped, torch.stack([s, b], 1)))
     diagonal = diagonal_direction(fisher, (s, b), 0.1)
     torch.testing.assert_close(diagonal, (s / (fisher[0] + 0.1), b / (fisher[2] + 0.1)))
+
+
+EMPTY = {
+    "linear": (lambda: nn.Linear(4, 2), (4,)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 2), (2, 5)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 2), (2, 5, 5)),
+    "batch_norm": (lambda: nn.BatchNorm2d(2).eval(), (2, 5, 5)),
+    "embedding": (lambda: nn.Embedding(4, 2), (3,)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), EMPTY.values(), ids=EMPTY)
+def test_an_empty_batch_contributes_nothing(make, shape):
+    module = seeded(make)
+    layers = find_layers(module)
+    [layer] = layers.all
+
+    def backward(size):
+        inputs = torch.ones(size, *shape, dtype=torch.long if isinstance(module, nn.Embedding) else None)
+        module(inputs).square().sum().backward()
+
+    def values():
+        if isinstance(layer, MatrixLayer):
+            return layer.factors.examples, layer.factors.output, layer.factors.input
+        return layer.fisher
+
+    recorder = Recorder(layers, None)
+    backward(0)
+    assert not any(torch.as_tensor(value).any() for value in values())
+    layers.forget_batches()
+    backward(3)
+    before = copy.deepcopy(values())
+    backward(0)
+    recorder.remove()
+    for value, expected in zip(values(), before, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_a_batch_norm_that_shares_its_scale_is_left_out():
+    model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(4)))
+    model[1].weight = model[0].weight
+    model[2].bias = nn.LayerNorm(4).bias
+    model.append(nn.LayerNorm(4))
+    model[4].bias = model[2].bias
+    assert [layer.name for layer in find_layers(model).all] == ["3"]
 
 
 def test_what_is_known_and_what_is_not():

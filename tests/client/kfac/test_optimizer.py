@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,33 @@ def test_bad_gradients_change_nothing_and_leave_nothing_behind():
     losses = train(model, optimizer, range(2, 10))
     assert np.isfinite(losses).all()
     assert optimizer.metrics()["refused"] == 0
+
+
+def test_an_empty_batch_leaves_statistics_as_they_were():
+    model = seeded(Convolutional).eval()
+    optimizer = kfac(model)
+
+    def step(size):
+        optimizer.zero_grad()
+        model(torch.ones(size, 1, 8, 8)).square().sum().backward()
+        optimizer.step()
+        states = optimizer.state_dict()["state"].values()
+        return {
+            (i, key): copy.deepcopy(value)
+            for i, state in enumerate(states)
+            for key, value in state.items()
+            if ".statistics." in key or key.endswith((".updates", "diagonal_statistics"))
+        }
+
+    assert not any(torch.as_tensor(value).any() for value in step(0).values())
+    before = step(4)
+    after = step(0)
+    assert before.keys() == after.keys()
+    assert sum(bool(torch.as_tensor(value).any()) for value in before.values()) > 6
+    for key, value in after.items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert optimizer.metrics()["refused"] == 0
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize(
