@@ -131,5 +131,9 @@ def test_every_contender_has_the_same_budget_on_every_workload():
     short = [grid for key, grid in GRIDS.items() if key not in {("text", "adamw"), ("text", "shampoo")}]
     assert {tuple(len(stage["lr"]) for stage in grid.stages) for grid in short} == {(5,)}
     for grid in short:
-        assert grid.steps == DEFAULT_STEPS[grid.workload]
+        if (grid.workload, grid.start.name) == ("text", "curveball"):
+            # Measured: 396 ms a step beside AdamW's 81.
+            assert grid.steps == DEFAULT_STEPS["text"] / 5
+        else:
+            assert grid.steps == DEFAULT_STEPS[grid.workload]
         assert grid.seed not in Compare.model_fields["seeds"].default
