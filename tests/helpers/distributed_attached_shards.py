@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from distributed_shards import END, STOP, aligned, assert_same, shard, train, uneven
 from distributed_training import make_attached
+from sharded_training import END, STOP, aligned, assert_same, shard, train, uneven
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

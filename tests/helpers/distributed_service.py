@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed_attached_shards import alone, assert_resumes, assert_same, trained
 from distributed_scaler import assert_skipped_by_all
-from distributed_shards import END, aligned
 from distributed_training import (
     SCHEDULED,
     assert_replicas_are_equal,
@@ -32,6 +31,7 @@ from preconditioner_client import KFAC, LocalExchange, ServiceConfig, StalenessC
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
 from service_process import TOKEN
+from sharded_training import END, aligned
 
 ADDRESS = "TEST_SERVICE_ADDRESS"
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from distributed_shard_checkpoints import (
+    a_consolidated_state_is_saved_by_torch,
+    a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
+    a_consolidated_state_of_shards_loads_everywhere,
+    a_part_of_other_shards_is_refused_by_name,
+    another_number_of_ranks_keeps_what_it_can,
+    moments_are_resharded_exactly,
+    parameters_without_gradients_have_lost_no_statistics,
+    shards_of_replicas_resume_bit_for_bit,
+    shards_resume_bit_for_bit_with_torch,
+    what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
+    whole_state_by_torch,
+)
 from distributed_training import (
     EAGER,
     POLICIES,
@@ -30,7 +31,6 @@ from distributed_training import (
     make_attached,
     make_optimizer,
     on_all_ranks,
-    set_gradients,
 )
 from live_tensors import Waiting, peak_of_steps
 from preconditioner_client import (
@@ -39,73 +39,20 @@ from preconditioner_client import (
     LocalExchange,
     Shampoo,
     StalenessConfig,
-    StatisticsConfig,
     attach,
 )
 from scripted_exchange import ScriptedExchange
-
-STOP, END = 10, 24
-
-
-def aligned():
-    """Shards of these rows on 2 and 4 ranks are cut into the same blocks as the whole."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 64), nn.LayerNorm(64))
-
-
-def uneven():
-    """Rows that neither 2 nor 4 ranks divide; one parameter has fewer rows than there are ranks."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 19), nn.Tanh(), nn.Linear(19, 13), nn.Tanh(), nn.Linear(13, 1))
-
-
-def mesh_of(kind):
-    size = dist.get_world_size()
-    if kind == "hsdp":
-        return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh("cpu", (size,))
-
-
-def shard(model, kind="fsdp"):
-    mesh = mesh_of(kind)
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def sharded(make, kind="fsdp", **settings):
-    model = shard(make(), kind)
-    return model, make_optimizer(model, **settings)
-
-
-def alone(make, **settings):
-    model = make()
-    return model, make_optimizer(model, distributed="off", **settings)
-
-
-def train(model, optimizer, steps):
-    """Gradients are the same whole ones everywhere; every rank is given its rows of them."""
-    for step in steps:
-        set_gradients(model, step)
-        for index, p in enumerate(model.parameters()):
-            if isinstance(p, DTensor):
-                p.grad = distribute_tensor(gradient(p.shape, index, step), p.device_mesh, p.placements)
-        optimizer.step()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def assert_same(model, other, **tolerance):
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        a, b = whole(a), whole(b)
-        if tolerance:
-            torch.testing.assert_close(a, b, **tolerance)
-        else:
-            assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
+from sharded_training import (
+    aligned,
+    alone,
+    assert_same,
+    mesh_of,
+    shard,
+    sharded,
+    train,
+    uneven,
+    whole,
+)
 
 
 def shards_give_the_bits_of_one_process_where_their_blocks_are_the_same(folder):
@@ -273,89 +220,6 @@ def plain_parameters_beside_shards_are_refused_by_name(folder):
         make_optimizer(model).state_dict()
 
 
-def state_of(model, optimizer, options=None):
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-def load(model, optimizer, path, options=None, partial=False):
-    state = state_of(model, optimizer, options)
-    dcp.load(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=partial))
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-
-
-OPTIONS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
-
-
-def shards_resume_bit_for_bit_with_torch(folder):
-    for make in (aligned, uneven):
-        uninterrupted = sharded(make)
-        train(*uninterrupted, range(END))
-        model, optimizer = sharded(make)
-        train(model, optimizer, range(STOP))
-        for name, options in OPTIONS.items():
-            path = folder / f"shards-{make.__name__}-{name}"
-            dcp.save(state_of(model, optimizer, options), checkpoint_id=path)
-            resumed = sharded(make)
-            load(*resumed, path, options)
-            assert resumed[1].metrics()["step"] == STOP
-            train(*resumed, range(STOP, END))
-            assert_same(resumed[0], uninterrupted[0])
-            assert resumed[1].metrics()["waits"] == 0
-
-
-def a_consolidated_state_of_shards_loads_everywhere(folder):
-    model, optimizer = sharded(aligned)
-    train(model, optimizer, range(STOP))
-    weights = {name: whole(p).clone() for name, p in model.named_parameters()}
-    optimizer.consolidate_state_dict()
-    if dist.get_rank() == 0:
-        torch.save({"model": weights, "optimizer": optimizer.state_dict()}, folder / "shards-whole.pt")
-    dist.barrier()
-    state = torch.load(folder / "shards-whole.pt", weights_only=True)
-    uninterrupted, reference = alone(aligned)
-    train(uninterrupted, reference, range(END))
-
-    single, other = alone(aligned)
-    single.load_state_dict(state["model"])
-    other.load_state_dict(state["optimizer"])
-    train(single, other, range(STOP, END))
-    assert_same(single, uninterrupted)
-
-    again, third = sharded(aligned)
-    for name, p in again.named_parameters():
-        p.data.copy_(distribute_tensor(state["model"][name], p.device_mesh, p.placements))
-    third.load_state_dict(state["optimizer"])
-    train(again, third, range(STOP, END))
-    assert_same(again, uninterrupted)
-
-
-def a_part_of_other_shards_is_refused_by_name(folder):
-    model, optimizer = sharded(uneven)
-    train(model, optimizer, range(2))
-    state = optimizer.state_dict()
-    key = model[0].weight
-    torch.manual_seed(0)
-    parts = on_all_ranks(tuple(key.to_local().shape))
-    assert len(set(parts)) > 1
-    local = state["state"][0]["exp_avg"].to_local()
-    state["state"][0]["exp_avg"] = DTensor.from_local(
-        local[:1].clone(),
-        key.device_mesh,
-        key.placements,
-        run_check=False,
-        shape=key.shape,
-        stride=key.stride(),
-    )
-    with pytest.raises(
-        ValueError, match=r"0\.weight: exp_avg in the checkpoint is one rank's part \(1, 12\)"
-    ):
-        sharded(uneven)[1].load_state_dict(state)
-
-
 def assert_replicas_hold_the_same_bits(model):
     """Of every shard."""
     held = torch.cat([p.to_local().detach().reshape(-1) for p in model.parameters()])
@@ -439,182 +303,6 @@ def memory_of_shards_is_as_the_formula_has_it(folder):
             assert all(1 <= ratio <= 1.3 for ratio in ratios), (kind, ratios, measured, estimate)
 
 
-def shards_of_replicas_resume_bit_for_bit(folder):
-    uninterrupted = sharded(uneven, "hsdp")
-    train(*uninterrupted, range(END))
-    model, optimizer = sharded(uneven, "hsdp")
-    train(model, optimizer, range(STOP))
-    dcp.save(state_of(model, optimizer), checkpoint_id=folder / "hsdp")
-    resumed = sharded(uneven, "hsdp")
-    load(*resumed, folder / "hsdp")
-    train(*resumed, range(STOP, END))
-    assert_same(resumed[0], uninterrupted[0])
-
-
-class Warnings(logging.Handler):
-    """What the client logged in a ``with`` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def __enter__(self):
-        logging.getLogger("preconditioner_client").addHandler(self)
-        return self
-
-    def __exit__(self, *_):
-        logging.getLogger("preconditioner_client").removeHandler(self)
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-def another_number_of_ranks_keeps_what_it_can(folder):
-    """Reads what two ranks saved."""
-    for make, lost in ((aligned, False), (uneven, True)):
-        with Warnings() as log:
-            model, optimizer = sharded(make)
-            load(model, optimizer, folder / f"shards-{make.__name__}-nested", partial=True)
-        warned = [m for m in log.messages if "start with new statistics" in m]
-        single, reference = alone(make, service=ScriptedExchange())
-        train(single, reference, range(STOP))
-        for p, q in zip(model.parameters(), single.parameters(), strict=True):
-            state, expected = optimizer.state[p], reference.state[q]
-            assert state["step"] == expected["step"] == STOP
-        counts = on_all_ranks(len(warned))
-        assert max(counts) <= 1
-        assert bool(sum(counts)) == lost, log.messages
-        train(model, optimizer, range(STOP, END))
-        assert all(bool(whole(p).isfinite().all()) for p in model.parameters())
-        if not lost:
-            uninterrupted = alone(make)
-            train(*uninterrupted, range(END))
-            assert_same(model, uninterrupted[0])
-
-
-def moments_are_resharded_exactly(folder):
-    """Reads what two ranks saved: moments do not depend on what was preconditioned."""
-    model, optimizer = sharded(uneven)
-    load(model, optimizer, folder / "shards-uneven-nested", partial=True)
-    single, reference = alone(uneven, service=ScriptedExchange())
-    train(single, reference, range(STOP))
-    for p, q in zip(model.parameters(), single.parameters(), strict=True):
-        for key in ("exp_avg", "second_moment"):
-            assert torch.equal(whole(optimizer.state[p][key]), reference.state[q][key])
-
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
-def resumed_from_full(make, state, weights):
-    """A new model and optimizer from a full state dict on rank 0, and what was logged meanwhile."""
-    model, optimizer = make()
-    for p, value in zip(model.parameters(), weights, strict=True):
-        p.data.copy_(
-            distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
-        )
-    with Warnings() as log:
-        set_optimizer_state_dict(model, optimizer, state if dist.get_rank() == 0 else {}, options=BROADCAST)
-    return model, optimizer, log.messages
-
-
-def replicas():
-    model = aligned()
-    return model, make_optimizer(model)
-
-
-def whole_state_by_torch(folder):
-    """A full state dict on rank 0, as torch gathers it: moments are whole, blocks are rank 0's."""
-    for make in (lambda: sharded(aligned), replicas):
-        model, optimizer = make()
-        train(model, optimizer, range(STOP))
-        with Warnings() as log:
-            state = get_optimizer_state_dict(model, optimizer, options=FULL)
-        # DTensors are gathered without a warning, so only of replicas it is known that parts will lack.
-        assert ["full_state_dict" in message for message in log.messages] == [True] * (make is replicas)
-        assert not any(isinstance(v, DTensor) for s in state.get("state", {}).values() for v in s.values())
-        weights = [whole(p).detach().clone() for p in model.parameters()]
-        other, resumed, logged = resumed_from_full(make, state, weights)
-        assert resumed.metrics()["step"] == STOP
-        if dist.get_rank() == 0:
-            assert not logged
-            assert resumed.metrics()["blocks_with_version"] == resumed.metrics()["blocks"]
-        else:
-            blocks = resumed.metrics()["blocks"]
-            (warning,) = logged
-            assert warning.startswith(f"{blocks} of {blocks} blocks of this rank start with new statistics")
-            assert "full_state_dict" in warning
-            assert "consolidate_state_dict()" in warning
-        train(other, resumed, range(STOP, END))
-
-
-def a_consolidated_state_is_whole_in_a_full_state_dict_of_torch(folder):
-    for make in (lambda: sharded(aligned), replicas):
-        model, optimizer = make()
-        train(model, optimizer, range(STOP))
-        weights = [whole(p).detach().clone() for p in model.parameters()]
-        optimizer.consolidate_state_dict()
-        # Asking does not change what the next one is told.
-        for _ in range(2):
-            state = get_optimizer_state_dict(model, optimizer, options=FULL)
-        other, resumed, logged = resumed_from_full(make, state, weights)
-        assert not logged
-        train(model, optimizer, range(STOP, END))
-        train(other, resumed, range(STOP, END))
-        assert_same(other, model)
-
-
-def a_consolidated_state_is_saved_by_torch(folder):
-    model, optimizer = sharded(uneven)
-    train(model, optimizer, range(STOP))
-    optimizer.consolidate_state_dict()
-    for name, options in OPTIONS.items():
-        dcp.save(state_of(model, optimizer, options), checkpoint_id=folder / f"consolidated-{name}")
-    train(model, optimizer, range(STOP, END))
-    for name, options in OPTIONS.items():
-        resumed = sharded(uneven)
-        load(*resumed, folder / f"consolidated-{name}", options)
-        train(*resumed, range(STOP, END))
-        assert_same(resumed[0], model)
-
-
-def what_a_rank_gives_after_a_consolidation_is_not_loaded_into(folder):
-    model, optimizer = sharded(aligned)
-    train(model, optimizer, range(STOP))
-    path = folder / "before-a-consolidation"
-    dcp.save(state_of(model, optimizer), checkpoint_id=path)
-    optimizer.consolidate_state_dict()
-    if dist.get_rank() == 0:
-        load(model, optimizer, path)
-    else:
-        with pytest.raises(ValueError, match=r"consolidate_state_dict\(\) was called since the last step"):
-            load(model, optimizer, path)
-
-
-def parameters_without_gradients_have_lost_no_statistics(folder):
-    """Neither one that never had any, nor one that had none in the steps that statistics take."""
-    for every, without in ((1, lambda step: {2, 3}), (4, lambda step: {2} if step % 4 == 3 else set())):
-
-        def make(every=every):
-            return sharded(aligned, statistics=StatisticsConfig(every=every))
-
-        model, optimizer = make()
-        for step in range(8):
-            set_gradients(model, step, without(step))
-            for index, p in enumerate(model.parameters()):
-                if p.grad is not None:
-                    p.grad = distribute_tensor(gradient(p.shape, index, step), p.device_mesh, p.placements)
-            optimizer.step()
-        path = folder / f"without-gradients-{every}"
-        dcp.save(state_of(model, optimizer), checkpoint_id=path)
-        with Warnings() as log:
-            resumed = make()
-            load(*resumed, path)
-        assert resumed[1].metrics()["step"] == 8
-        assert not log.messages
-
-
 ON_TWO_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
     training_with_backward,
@@ -633,6 +321,8 @@ ON_TWO_RANKS = [
     what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
     parameters_without_gradients_have_lost_no_statistics,
 ]
+
+
 ON_FOUR_RANKS = [
     shards_give_the_bits_of_one_process_where_their_blocks_are_the_same,
     groups_of_shards_share_one_mesh,
@@ -645,4 +335,6 @@ ON_FOUR_RANKS = [
     memory_of_shards_is_as_the_formula_has_it,
     shards_of_replicas_resume_bit_for_bit,
 ]
+
+
 SCENARIOS = [*ON_TWO_RANKS, *(s for s in ON_FOUR_RANKS if s not in ON_TWO_RANKS)]

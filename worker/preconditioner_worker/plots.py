@@ -64,7 +64,7 @@ class Curve:
             runs,
             np.array(grid, dtype=np.float64),
             np.nanmedian(seconds, axis=0),
-            np.sort(losses, axis=0)[len(runs) // 2],
+            np.median(losses, axis=0),
             losses.min(axis=0),
             losses.max(axis=0),
         )
