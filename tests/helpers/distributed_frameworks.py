@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_training
-from distributed_shards import Warnings
+from distributed_shard_checkpoints import Warnings
 from distributed_training import assert_replicas_are_equal, on_all_ranks
 from framework_training import data, make, small_model
 from preconditioner_client.adapters import consolidate, hf_callback, lightning_callback, metrics_source
