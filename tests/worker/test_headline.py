@@ -12,6 +12,7 @@ from pydantic_settings import CliApp
 from preconditioner_worker.application import Application
 from preconditioner_worker.headline import Results, markdown, write_headline
 from preconditioner_worker.results import ResultError
+from preconditioner_worker.staleness.analysis import Analysis
 from preconditioner_worker.staleness.criteria import Verdict
 
 COMMITTED = Path(__file__).parents[2] / "worker" / "results"
@@ -53,18 +54,25 @@ def test_a_goal_that_is_missed_says_by_how_much(results: Results) -> None:
 
 
 def with_verdict(results: Results, verdict: Verdict) -> Results:
-    """The same, A(N) with this verdict for every N."""
-    part = results.arm
-    assert part is not None
+    """The same, the first study's A(N) with this verdict for every N, and no other study."""
+    folder, study, part = results.arms[0]
     rows = tuple(row if row.n == 1 else row.model_copy(update={"verdict": verdict}) for row in part.rows)
     changed = part.model_copy(update={"rows": rows})
-    parts = tuple(changed if other is part else other for other in results.staleness.parts)
-    return results.model_copy(update={"staleness": results.staleness.model_copy(update={"parts": parts})})
+    parts = tuple(changed if other is part else other for other in study.parts)
+    return results.model_copy(update={"studies": {folder: study.model_copy(update={"parts": parts})}})
 
 
 def test_the_goal_of_the_delay_is_reached_where_every_n_holds(results: Results) -> None:
-    assert "**reached**" in goals(with_verdict(results, Verdict.HOLDS))[3]
+    assert "**reached** on text, 12,000 steps" in goals(with_verdict(results, Verdict.HOLDS))[3]
     assert "not reached" in goals(with_verdict(results, Verdict.INCONCLUSIVE))[3]
+    both = results.model_copy(
+        update={"studies": {name: study for one in Verdict for name, study in named(results, one)}}
+    )
+    assert "**reached** on text, 12,000 steps" in goals(both)[3]
+
+
+def named(results: Results, verdict: Verdict) -> list[tuple[str, Analysis]]:
+    return [(f"{verdict.value}", study) for study in with_verdict(results, verdict).studies.values()]
 
 
 def test_divergence_is_counted(results: Results) -> None:
@@ -79,6 +87,9 @@ def test_what_is_missing_is_named(tmp_path: Path, results: Results) -> None:
     with pytest.raises(ResultError, match="compare' holds no comparison"):
         Results.load(tmp_path)
     shutil.copytree(COMMITTED / "compare", tmp_path / "compare")
+    with pytest.raises(ResultError, match="holds no study of staleness"):
+        Results.load(tmp_path)
+    shutil.copytree(COMMITTED / "staleness", tmp_path / "staleness")
     with pytest.raises(ResultError, match=r"summary\.json"):
         Results.load(tmp_path)
 

@@ -91,6 +91,29 @@ def test_rates_follow_their_rules_and_preconditioners_are_late_by_an_interval() 
     } == {(3, "local:3")}
 
 
+@pytest.mark.parametrize(
+    ("losses", "tried", "best", "at_edge"),
+    [
+        ([0.2, 0.1, 0.3], (1.0, 3.0, 9.0), 3.0, False),
+        ([0.3, 0.2, 0.1, 0.2], (1.0, 3.0, 9.0, 27.0), 9.0, False),
+        ([0.1, 0.2, 9.0, 0.05, 0.2], (1.0, 3.0, 9.0, 0.333, 0.111), 0.333, False),
+        ([0.6, 0.5, 0.4, 0.3, 0.2, 0.1], (1.0, 3.0, 9.0, 27.0, 81.0, 243.0), 243.0, True),
+        ([9.0, 9.0, 9.0, 9.0, 0.2, 0.3], (1.0, 3.0, 9.0, 0.333, 0.111, 0.037), 0.111, False),
+        ([9.0] * 6, (1.0, 3.0, 9.0, 0.333, 0.111, 0.037), None, False),
+    ],
+)
+def test_rates_are_tried_beyond_an_end_that_is_best(
+    losses: list[float], tried: tuple[float, ...], best: float | None, at_edge: bool
+) -> None:
+    empty = Cell.empty("sgd", 64, SHORT, environment())
+    cell = empty.model_copy(update={"rates": (1.0, 3.0, 9.0)})
+    for rate, loss in zip(tried, losses, strict=True):
+        assert (cell.best, cell.next_rate, cell.complete([])) == (None, pytest.approx(rate), False)
+        cell = cell.model_copy(update={"tuning": (*cell.tuning, run_of(rate, 1, loss))})
+    assert (cell.best, cell.next_rate, cell.at_edge) == (best, None, at_edge)
+    assert cell.complete([])
+
+
 def test_a_cell_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, empty = Study(tmp_path), Cell.empty("shampoo", 4096, SHORT, environment())
 
@@ -103,8 +126,10 @@ def test_a_cell_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [run.lr for run in study.resume(empty).tuning] == [empty.rates[0]]
     told: list[int] = []
     cell = make(empty, [0], study, report=told.append)
-    assert told == [2, 3, 4]
-    assert [run.lr for run in cell.tuning] == list(empty.rates)
+    assert told == list(range(2, len(cell.tuning) + 2))
+    tried = [run.lr for run in cell.tuning]
+    assert tried[:3] == list(empty.rates)
+    assert len(tried) == 6 or min(tried) < cell.best < max(tried)
     assert [(run.lr, run.seed, run.steps, run.oldest) for run in cell.runs] == [(cell.best, 0, 3, 1)]
     assert study.resume(empty) == cell
     assert not cell.complete([0, 2])
@@ -129,8 +154,10 @@ def run_of(lr: float, seed: int, loss: float) -> CellRun:
 
 def cell_of(optimizer: str, size: int, losses: list[float], seeds: list[float]) -> Cell:
     empty = Cell.empty(optimizer, size, StudySettings(), environment())
-    tuning = tuple(run_of(lr, 1, loss) for lr, loss in zip(empty.rates, losses, strict=False))
-    tuned = empty.model_copy(update={"tuning": tuning})
+    tuned = empty
+    for loss in losses:
+        assert tuned.next_rate is not None
+        tuned = tuned.model_copy(update={"tuning": (*tuned.tuning, run_of(tuned.next_rate, 1, loss))})
     runs = tuple(run_of(tuned.best or 0, seed, loss) for seed, loss in zip((0, 2, 3), seeds, strict=False))
     return tuned.model_copy(update={"runs": runs})
 
@@ -147,15 +174,19 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_report_is_made_of_the_files_alone(folder: Path) -> None:
     study = Study(folder)
-    study.save(cell_of("sgd", 4096, [9.0, 9.0, 9.0], []))
-    study.save(cell_of("lars", 4096, [0.1, 9.0, 9.0], [0.1, 0.12, float("nan")]))
+    study.save(cell_of("sgd", 4096, [9.0] * 6, []))
+    study.save(cell_of("lars", 4096, [0.4, 9.0, 9.0, 0.3, 0.2, 0.1], [0.1, 0.12, float("nan")]))
+    study.save(cell_of("lamb", 4096, [0.1, 0.2, 0.3], []))
     study.path(cell_of("adam", 32, [], [])).unlink()
     study.save(cell_of("adam", 64, [0.1], []))
     analysis, path = report(folder)
     text = path.read_text()
-    assert "It lacks adam at 32; 2 of 3 rates and all seeds of adam at 64." in text
-    assert "| sgd | 4096 | 30 | – | 3 of 3 | 0 | 0 | – | – |  |" in text
-    assert "| lars | 4096 | 30 | 2.67* | 2 of 3 | 3 | 1 |" in text
+    assert (
+        "It lacks adam at 32; rates beyond the grid and all seeds of lamb at 4096; "
+        "2 of 3 rates and all seeds of adam at 64."
+    ) in text
+    assert "| sgd | 4096 | 30 | – | 6 of 6 | 0 | 0 | – | – |  |" in text
+    assert "| lars | 4096 | 30 | 0.099* | 2 of 6 | 3 | 1 |" in text
     assert "| sgd | 64 | 2020 | 0.03 | 0 of 3 | 3 | 0 | 0.1200 ± 0.0100 | 98.80 ± 0.10 |  |" in text
     assert "(1 of 3 diverged)" in text
     assert (analysis.kept_up_to("sgd"), analysis.kept_up_to("shampoo")) == (2048, 64)

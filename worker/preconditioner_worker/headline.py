@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
@@ -17,7 +18,7 @@ from preconditioner_worker.staleness.analysis import Analysis, Part
 from preconditioner_worker.staleness.report import headline as verdict_on
 from preconditioner_worker.staleness.results import read
 
-DEMO, COMPARISON, STALENESS = "demo/summary.json", "comparison.json", "staleness/analysis.json"
+DEMO, COMPARISON, STALENESS = "demo/summary.json", "comparison.json", "analysis.json"
 ARM = "A"
 STEPS_GOAL, WALL_GOAL, N_GOAL = 0.51, 0.60, 1200
 
@@ -93,12 +94,12 @@ class Results(BaseModel):
     Attributes:
         demo: of ``preconditioner-worker demo``: through a service, at its real age.
         comparisons: of ``preconditioner-worker compare``, by workload.
-        staleness: of ``preconditioner-worker staleness report``.
+        studies: of ``preconditioner-worker staleness report``, by folder.
     """
 
     demo: Summary
     comparisons: dict[str, Comparison]
-    staleness: Analysis
+    studies: dict[str, Analysis]
 
     @classmethod
     def load(cls, folder: Path) -> Results:
@@ -113,23 +114,40 @@ class Results(BaseModel):
         }
         if not comparisons:
             raise ResultError(f"{str(folder / 'compare')!r} holds no comparison of any workload")
+        studies = {
+            path.parent.name: read(path, Analysis) for path in sorted(folder.glob(f"staleness*/{STALENESS}"))
+        }
+        if not studies:
+            raise ResultError(f"{str(folder)!r} holds no study of staleness")
         return cls(
             demo=read(folder / DEMO, Summary),
             comparisons=comparisons,
-            staleness=read(folder / STALENESS, Analysis),
+            studies=studies,
         )
 
     @property
-    def arm(self) -> Part | None:
-        """A(N) with the published settings, if it was run."""
-        return next(
-            (
-                part
-                for part in self.staleness.parts
-                if (part.kind, part.statistics, part.grafting) == (ARM, "sum", True)
-            ),
-            None,
-        )
+    def arms(self) -> list[Arm]:
+        """A(N) with the published settings, of every study that ran it."""
+        return [
+            Arm(folder, study, part)
+            for folder, study in self.studies.items()
+            for part in study.parts
+            if (part.kind, part.statistics, part.grafting) == (ARM, "sum", True)
+        ]
+
+
+class Arm(NamedTuple):
+    """An arm and where it was run."""
+
+    folder: str
+    study: Analysis
+    part: Part
+
+    @property
+    def task(self) -> str:
+        """Its name and the length of the runs."""
+        settings = self.study.fingerprint.settings
+        return f"{settings.task}, {settings.steps:,} steps"
 
 
 def write_headline(folder: Path, output: Path) -> Path:
@@ -151,8 +169,8 @@ def markdown(results: Results) -> str:
         "Ratios are steps and training time until the baseline's final loss is reached, over the baseline's "
         "own; less is better. Models, data and baselines differ, so the rows say what was seen where, and "
         "do not repeat one another. Comparisons ran beside other programs, so that only the demonstration "
-        "has a wall ratio. *Holds*: by the criteria of the [study](staleness/report.md), fixed before its "
-        "runs.",
+        "has a wall ratio. *Holds*: by the criteria of the [studies](staleness/report.md), fixed before "
+        "their runs.",
         "",
         *table(header, rows),
         "## Goals",
@@ -203,16 +221,16 @@ def _measured(results: Results) -> Iterator[Cells]:
                     "–",
                     f"`preconditioner-worker compare --workload {workload}`, [{path}]({path})",
                 )
-    part = results.arm
-    if part is not None:
-        largest = part.largest_that_holds
+    for arm in results.arms:
+        largest, path = arm.part.largest_that_holds, f"{arm.folder}/{STALENESS}"
+        task = arm.study.fingerprint.settings.task
         yield (
-            f"**here**: {results.staleness.fingerprint.settings.task}, A(N) with the published settings",
+            f"**here**: {arm.task}, A(N) with the published settings",
             "N = 1",
             "–",
             "–",
             "none shown" if largest is None else str(largest),
-            f"`preconditioner-worker staleness`, [{STALENESS}]({STALENESS})",
+            f"`preconditioner-worker staleness run --task {task}`, [{path}]({path})",
         )
 
 
@@ -235,23 +253,20 @@ def _goals(results: Results) -> Iterator[str]:
         "every optimizer trains every workload at its tuned settings without divergence: "
         f"{diverged} of {sum(row.seeds for row in rows)} runs diverged, on {', '.join(results.comparisons)}"
     )
-    part = results.arm
-    wish = f"N = {N_GOAL} holds in A(N) with the published settings"
-    if part is None:
-        yield f"{wish}: not run"
-        return
-    largest = part.largest_that_holds
-    if largest is not None and largest >= N_GOAL:
-        yield f"{wish}: **reached**"
-        return
-    yield f"{wish}: not reached. {verdict_on(part)}"
-    for row in part.tested:
-        if row.n == N_GOAL and row.verdict is not None and row.difference is not None:
-            yield (
-                f"A({N_GOAL}): {row.verdict.value} ({row.reason}); final loss {row.difference:+.4f} "
-                f"[{row.low:+.4f}, {row.high:+.4f}] against a margin of ±{part.margin:.4f}"
-            )
-    yield from (late.describe() for late in part.late_starts)
+    arms = results.arms
+    reached = [arm.task for arm in arms if (arm.part.largest_that_holds or 0) >= N_GOAL]
+    outcome = f"**reached** on {'; '.join(reached)}" if reached else "not reached" if arms else "not run"
+    yield f"N = {N_GOAL} holds in A(N) with the published settings on at least one valid task: {outcome}"
+    for arm in arms:
+        yield f"{arm.task}. {verdict_on(arm.part)}"
+        for row in arm.part.tested:
+            if row.n == N_GOAL and row.verdict is not None and row.difference is not None:
+                yield (
+                    f"{arm.task}. A({N_GOAL}): {row.verdict.value} ({row.reason}); final loss "
+                    f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}] against a margin of "
+                    f"±{arm.part.margin:.4f}"
+                )
+        yield from (f"{arm.task}. {late.describe()}" for late in arm.part.late_starts)
 
 
 def _comparison(comparison: Comparison) -> list[str]:

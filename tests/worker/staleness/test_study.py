@@ -68,7 +68,7 @@ def test_a_study_is_interrupted_goes_on_and_reports(
 
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for options, said in (
-        (["run", "--task", "maps"], "no task is called 'maps'; there are text"),
+        (["run", "--task", "maps"], "no task is called 'maps'; there are regression, text"),
         (["tune", "--optimizers", "sgd"], "no grid for 'sgd'; there are adamw"),
         (["run", "--delays", "0"], "greater than 0"),
         (["report", "--folder", str(tmp_path)], "holds no runs"),

@@ -11,7 +11,9 @@ from torch import nn
 from preconditioner_client import Grafting, GraftingConfig, LocalExchange, Shampoo, StatisticsConfig
 from preconditioner_worker.staleness import Arm, ArmKind, RunSpec, StudySettings, train
 from preconditioner_worker.staleness.optimizers import build
+from preconditioner_worker.staleness.regression_task import RegressionTask
 from preconditioner_worker.staleness.specs import CONTROLS, control
+from preconditioner_worker.staleness.tasks import TASKS
 from preconditioner_worker.staleness.training import measure_drift
 
 SETTINGS = StudySettings(steps=45, evaluate_every=20, drift_every=7, blend_steps=4)
@@ -27,6 +29,36 @@ def test_a_run_is_the_same_bit_for_bit() -> None:
     assert here.final_loss < here.held_out_loss[0]
     assert here.ages_as_planned
     assert here.ages == {age: 45 // 20 + (age <= 15) for age in range(10, 20)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_a_function_of_seeds_and_is_learned(task: str) -> None:
+    settings = SETTINGS.model_copy(update={"task": task})
+    run = train(A10, settings, 0.05)
+    assert run.final_loss < run.held_out_loss[0]
+    assert run.blocks == (4 if task == "text" else 3)
+    assert run.loss_digest == train(A10, settings, 0.05).loss_digest
+
+
+def test_the_regression_is_as_specified() -> None:
+    task = RegressionTask(batch_size=20_000, held_out=20_000)
+    inputs, targets = task.batch(0, 0)
+    assert inputs.square().mean().item() == pytest.approx(1, rel=0.03)
+    variances = torch.linalg.svdvals(inputs.double()).square() / len(inputs)
+    expected = torch.arange(1, 33).double() ** -2
+    assert torch.allclose(variances, 32 * expected / expected.sum(), rtol=0.06)
+    # The input's first axis is no coordinate.
+    assert inputs.square().mean(0).max() < 10
+    student = task.build_model(0)
+    with torch.no_grad():
+        for linear, (weight, bias) in zip(student[::2], task._teacher, strict=True):
+            linear.weight.copy_(torch.from_numpy(weight.T))
+            linear.bias.copy_(torch.from_numpy(bias))
+    # The teacher's own weights leave the noise in training, and nothing in an evaluation.
+    assert task.held_out_loss(student) < 1e-10
+    assert task.loss(student, (batch := task.batch(0, 1))).item() == pytest.approx(0.5 * 16 * 0.09, rel=0.03)
+    assert not torch.equal(batch.inputs, inputs)
+    assert torch.equal(task.batch(0, 0).targets, targets)
 
 
 def test_another_seed_is_another_run() -> None:

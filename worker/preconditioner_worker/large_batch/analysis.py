@@ -52,8 +52,8 @@ class Row(Record):
         optimizer: its name.
         batch_size: images a step.
         steps: of a whole run.
-        lr: the best learning rate; None if the grid is not finished, or all of it diverged.
-        at_edge: the best rate is the least or the greatest of the grid.
+        lr: the best learning rate; None if some are still to be tried, or all diverged.
+        at_edge: the best rate is the least or the greatest of all.
         rates: that were tried.
         rates_diverged: how many of them diverged.
         seeds: runs at the best rate.
@@ -177,8 +177,10 @@ def _missing(cells: Sequence[Cell]) -> list[str]:
             lacking.append(f"{optimizer}{at}")
     for (optimizer, size), cell in found.items():
         rates, seeds = len(cell.rates) - len(cell.tuning), len(SEEDS) - len(cell.runs)
-        if rates:
+        if rates > 0:
             lacking.append(f"{rates} of {len(cell.rates)} rates and all seeds of {optimizer} at {size}")
+        elif cell.next_rate is not None:
+            lacking.append(f"rates beyond the grid and all seeds of {optimizer} at {size}")
         elif cell.best is not None and seeds > 0:
             lacking.append(f"{seeds} of {len(SEEDS)} seeds of {optimizer} at {size}")
     return lacking

@@ -1,4 +1,4 @@
-"""The runs of a cell: first its grid, then the best rate with other seeds; each is kept as it ends."""
+"""The runs of a cell: its rates, then the best one with other seeds; each is kept as it ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(empty: Cell, seeds: Sequence[int], study: Study, *, report: Report = la
         before = (len(cell.tuning) + len(cell.runs)) * cell.study.epochs
         return _run(cell, lr, seed, lambda epoch: report(before + epoch))
 
-    for lr in cell.rates[len(cell.tuning) :]:
+    while (lr := cell.next_rate) is not None:
         tried = run(lr, cell.study.tuning_seed)
         cell = cell.model_copy(update={"tuning": (*cell.tuning, tried)})
         study.save(cell)

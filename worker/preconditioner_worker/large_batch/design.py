@@ -10,7 +10,8 @@ length, and for K-FAC, whose published rates (arXiv 1811.12019) grow from batche
 with the tuning seed were best near one rate at 64 and at 4096 (by the linear rule of arXiv 1708.03888 it
 diverges here: biases and gains, which have no trust ratio, are stepped by the whole rate). Every cell tries
 three rates, a factor of three apart, around what its rule says; the base rates are by the tunings on digits
-that are not shifted, and by those probes.
+that are not shifted, and by those probes. Where the best of them is the least or the greatest, the next one
+beyond is tried, until the best lies between two others: where a rule puts its grid decides nothing.
 
 Roots of K-FAC and Shampoo are computed in process and held back exactly one refresh interval of N steps, so
 that ages run from N to 2N - 1, as published. N is an eighth of an epoch, at least one step and at most ten:
@@ -20,7 +21,7 @@ epochs at 4096 use preconditioners from the second step on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter
@@ -40,6 +41,8 @@ SEEDS = (0, 2)
 REFERENCE_BATCH = 64
 FACTORS = (1 / 3, 1.0, 3.0)
 """Of the grid around a scaled rate."""
+BEYOND = 3
+"""Most rates that are tried beyond the ends of a grid."""
 REFRESHES_PER_EPOCH = 8
 LONGEST_INTERVAL = 10
 
@@ -93,7 +96,28 @@ def grid(optimizer: OptimizerName, batch_size: int) -> tuple[float, ...]:
     """The learning rates that a cell tries, to three digits."""
     base, power = RATES[optimizer]
     middle = base * (batch_size / REFERENCE_BATCH) ** power
-    return tuple(float(f"{factor * middle:.3g}") for factor in FACTORS)
+    return tuple(_rounded(factor * middle) for factor in FACTORS)
+
+
+def beyond(tried: Sequence[float], best: float | None) -> float | None:
+    """The rate to try after a grid: beyond the end at which the best lies, to three digits.
+
+    Args:
+        tried: all rates so far, at least two.
+        best: the best of them; None if all diverged, as those that are too great do.
+
+    Returns:
+        None where the best lies between two others, or after :data:`BEYOND` rates outside of the grid.
+    """
+    if len(tried) >= len(FACTORS) + BEYOND:
+        return None
+    if best is None or best == min(tried):
+        return _rounded(min(tried) * FACTORS[0])
+    return _rounded(best * FACTORS[-1]) if best == max(tried) else None
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def interval(batch_size: int) -> int:

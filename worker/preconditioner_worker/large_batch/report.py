@@ -9,7 +9,14 @@ from rich import box
 from rich.table import Table
 
 from preconditioner_worker.large_batch.analysis import KEPT, Analysis, Row, Spread, analyse
-from preconditioner_worker.large_batch.design import BATCH_SIZES, FACTORS, RATES, REFERENCE_BATCH, interval
+from preconditioner_worker.large_batch.design import (
+    BATCH_SIZES,
+    BEYOND,
+    FACTORS,
+    RATES,
+    REFERENCE_BATCH,
+    interval,
+)
 from preconditioner_worker.large_batch.pictures import draw
 from preconditioner_worker.large_batch.results import GUESSING, Study
 from preconditioner_worker.markdown import Cells
@@ -76,8 +83,8 @@ def markdown(analysis: Analysis) -> str:
         ),
         "## All cells",
         "",
-        "A rate marked with * is the least or the greatest of its grid: one beyond might be better. *Oldest* "
-        "is the greatest age of a preconditioner in use, in steps.",
+        "A rate marked with * is the least or the greatest that was tried: one beyond might be better. "
+        "*Oldest* is the greatest age of a preconditioner in use, in steps.",
         "",
         *markdown_table(header, [_row(row) for row in analysis.rows]),
         f"Code {environment.code}, torch {environment.torch}, NumPy {environment.numpy}, {environment.cpu}.",
@@ -104,7 +111,8 @@ def _method(analysis: Analysis) -> list[str]:
         "",
         f"Every optimizer tries {len(FACTORS)} learning rates at every batch size, with the seed "
         f"{study.tuning_seed}: {factors} times a base rate that grows with a power of the batch size, and at "
-        f"{REFERENCE_BATCH} is {rules}. The rate with the lowest final held-out loss is run "
+        f"{REFERENCE_BATCH} is {rules}. Where the best is the least or the greatest, the next one beyond is "
+        f"tried, at most {BEYOND} in all. The rate with the lowest final held-out loss is run "
         "again with other seeds, and what follows is of those: mean ± standard deviation. A run has "
         f"diverged if a loss is not finite or the last is above {GUESSING:.3f}, that of guessing. The images "
         "that choose the rate are those that judge it, as no others are left; one of them is 0.28%.",
@@ -152,7 +160,7 @@ def _entry(row: Row | None, quantity: Quantity, factor: float, digits: int, best
 
 
 def _all_diverged(row: Row) -> bool:
-    return 0 < row.seeds == row.diverged or 0 < len(FACTORS) == row.rates_diverged
+    return 0 < row.seeds == row.diverged or row.rates_diverged == len(FACTORS) + BEYOND
 
 
 def _spread(spread: Spread | None, factor: float, digits: int) -> str:

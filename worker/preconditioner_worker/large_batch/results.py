@@ -13,7 +13,14 @@ from pathlib import Path
 
 from preconditioner_worker.code_digest import code_digest
 from preconditioner_worker.contenders import AnyContender
-from preconditioner_worker.large_batch.design import OptimizerName, Record, StudySettings, contender, grid
+from preconditioner_worker.large_batch.design import (
+    OptimizerName,
+    Record,
+    StudySettings,
+    beyond,
+    contender,
+    grid,
+)
 from preconditioner_worker.results import CODE as TRAINING_CODE
 from preconditioner_worker.results import Environment, ResultError, differences
 from preconditioner_worker.staleness.results import read, write
@@ -70,7 +77,7 @@ class Cell(Record):
         environment: where and by which code its runs are made.
         contender: hyperparameters at the middle of the grid.
         rates: the grid.
-        tuning: runs of the grid, in its order.
+        tuning: runs of the grid, in its order, and of rates beyond its ends.
         runs: at the best rate, with other seeds.
     """
 
@@ -106,21 +113,31 @@ class Cell(Record):
     @property
     def best(self) -> float | None:
         """The rate with the lowest final loss; None before all are tried, or if all diverged."""
+        return self._best_so_far if self.next_rate is None else None
+
+    @property
+    def next_rate(self) -> float | None:
+        """The rate to try next; None once the best is known."""
         if len(self.tuning) < len(self.rates):
-            return None
+            return self.rates[len(self.tuning)]
+        return beyond([run.lr for run in self.tuning], self._best_so_far)
+
+    @property
+    def _best_so_far(self) -> float | None:
         best = min(self.tuning, key=lambda run: run.final_loss)
         return None if best.diverged else best.lr
 
     def complete(self, seeds: Sequence[int]) -> bool:
         """Whether nothing is missing; there is nothing more to run where all rates diverged."""
-        if len(self.tuning) < len(self.rates):
+        if self.next_rate is not None:
             return False
         return self.best is None or set(seeds) <= {run.seed for run in self.runs}
 
     @property
     def at_edge(self) -> bool:
-        """The best rate is the least or the greatest of the grid: one beyond might be better."""
-        return self.best in (self.rates[0], self.rates[-1])
+        """The best rate is the least or the greatest of all that were tried: one beyond might be better."""
+        tried = [run.lr for run in self.tuning]
+        return self.best is not None and self.best in (min(tried), max(tried))
 
 
 def environment() -> Environment:

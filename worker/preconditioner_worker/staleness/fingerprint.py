@@ -24,8 +24,9 @@ CODE = (
     "preconditioner_worker.staleness.arms",
     "preconditioner_worker.staleness.controls",
     "preconditioner_worker.staleness.optimizers",
+    "preconditioner_worker.staleness.regression_task",
     "preconditioner_worker.staleness.specs",
-    "preconditioner_worker.staleness.tasks",
+    "preconditioner_worker.staleness.text_task",
     "preconditioner_worker.staleness.training",
 )
 
@@ -40,8 +41,8 @@ class Fingerprint(Record):
         numpy: version.
         cpu: instruction set that torch computes with; other ones round differently.
         cpu_model: processor; None in files that are older than this, as are the next two.
-        python: version; its standard library is the text.
-        text: digest of the text.
+        python: version; its standard library is a text.
+        text: digest of the task's data.
     """
 
     settings: StudySettings
@@ -64,7 +65,7 @@ class Fingerprint(Record):
             cpu=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             cpu_model=cpu_model(),
             python=platform.python_version(),
-            text=TASKS[settings.task]().corpus.digest,
+            text=TASKS[settings.task].open().data_digest,
         )
 
     def differences(self, other: Fingerprint) -> list[str]:

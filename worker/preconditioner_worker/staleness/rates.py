@@ -32,6 +32,23 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 
+_REGRESSION = (0.1, 0.2, 0.4, 0.8, 1.6)
+TASK_GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+    "regression": {
+        "adamw": (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+        "adagrad": (3e-2, 0.1, 0.3, 1.0, 3.0),
+        "diagonal": _REGRESSION,
+        "shampoo-sum-grafted": _REGRESSION,
+        "shampoo-ema-grafted": _REGRESSION,
+    }
+}
+"""Where a task's rates lie elsewhere than :data:`GRIDS`."""
+
+
+def grid(task: str, optimizer: str) -> tuple[float, ...]:
+    """The learning rates that are tried for an optimizer, a key of :data:`GRIDS`, on a task."""
+    return TASK_GRIDS.get(task, {}).get(optimizer, GRIDS[optimizer])
+
 
 class RateTrial(Record):
     """One run of a tuning; no loss after a divergence."""
@@ -103,7 +120,7 @@ def rates(task: str, specs: Iterable[RunSpec]) -> dict[str, float]:
     untuned = [
         optimizer
         for optimizer in optimizers
-        if optimizer not in tunings or {t.lr for t in tunings[optimizer].trials} != set(GRIDS[optimizer])
+        if optimizer not in tunings or {t.lr for t in tunings[optimizer].trials} != set(grid(task, optimizer))
     ]
     if untuned:
         raise ResultError(
@@ -182,7 +199,7 @@ def tune(
     jobs = [
         Job(tuning_spec(optimizer), lr)
         for optimizer, tuning in tunings.items()
-        for lr in GRIDS[optimizer]
+        for lr in grid(settings.task, optimizer)
         if lr not in {trial.lr for trial in tuning.trials}
     ]
     execute(jobs, short, processes=processes, console=console, done=keep)

@@ -13,6 +13,7 @@ from preconditioner_worker.staleness.criteria import STEPS_RATIO
 from preconditioner_worker.staleness.pictures import NAMES, draw_all
 from preconditioner_worker.staleness.real import REAL_FILE, RealComparison
 from preconditioner_worker.staleness.results import Study, check_code, read, write
+from preconditioner_worker.staleness.tasks import TASKS
 
 
 def report(folder: Path, output: Path | None = None) -> tuple[Analysis, Path]:
@@ -47,10 +48,11 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
     if analysis.missing:
         lines += [f"**This is a reduced run.** Of the full study it lacks {'; '.join(analysis.missing)}.", ""]
     lines += [
-        f"Task: {settings.task}, {analysis.parameters} parameters, {analysis.blocks} preconditioned blocks. "
+        f"Task: {settings.task}, {TASKS[settings.task].about}. {analysis.parameters} parameters, "
+        f"{analysis.blocks} preconditioned blocks. "
         f"{analysis.runs} runs of {settings.steps} steps in virtual time: roots in process, float64, delays "
         f"exact in steps. Measured: {analysis.metric}. Shampoo with the published settings: AdaGrad "
-        "grafting, exponent -1/4 per side of a matrix (-1/2 where the vocabulary is the other side), "
+        "grafting, exponent -1/4 per side of a matrix (-1/2 where only one side is preconditioned), "
         f"momentum {settings.momentum}, directions blended in over {settings.blend_steps} steps from a "
         "block's first version on. In two things it is not as published: each preconditioned gradient is "
         "grafted and then averaged, as in the authors' later code for JAX, where that of 2020 averages them "

@@ -20,7 +20,8 @@ from preconditioner_worker.staleness.fingerprint import Fingerprint
 from preconditioner_worker.staleness.optimizers import Service, build
 from preconditioner_worker.staleness.results import Drift, StudyRun
 from preconditioner_worker.staleness.specs import RunSpec, StudySettings
-from preconditioner_worker.staleness.tasks import TASKS, TextTask
+from preconditioner_worker.staleness.task import Task
+from preconditioner_worker.staleness.tasks import TASKS
 from preconditioner_worker.workloads.transformer import parameter_count
 
 Report = Callable[[int], None]
@@ -47,7 +48,7 @@ def train(
         report: see :data:`Report`.
     """
     torch.set_num_threads(1)
-    task = TASKS[settings.task]()
+    task = TASKS[settings.task].open()
     model = task.build_model(spec.seed)
     optimizer = build(spec, settings, lr, model, max_side=task.max_side, service=service)
     try:
@@ -61,7 +62,7 @@ def _run(
     spec: RunSpec,
     settings: StudySettings,
     lr: float,
-    task: TextTask,
+    task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
@@ -117,7 +118,7 @@ def _run(
     )
 
 
-def _step(task: TextTask, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, step: int) -> float:
+def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, step: int) -> float:
     """One step; the batch's loss, NaN where loss or gradient are not finite and no step is made."""
     optimizer.zero_grad()
     loss = task.loss(model, task.batch(seed, step - 1))
