@@ -109,20 +109,31 @@ def test_a_grafting_of_one_group_refuses_a_checkpoint_without_its_moment():
 
 def test_a_group_that_was_left_alone_begins_anew_and_the_others_go_on(caplog):
     saved = through_a_file(*trained({0: OWN, 1: None}, range(STOP))[:2])
-    model, optimizer, handle = resumed({0: OWN}, saved)
+    model, optimizer, handle = resumed({0: OWN, 1: OWN}, saved)
     assert [r.getMessage() for r in caplog.records] == [
         "parameter group 1 was left alone when the checkpoint was saved, and is not now: its preconditioner "
         "begins anew, while the other groups go on"
     ]
     metrics = handle.metrics()
     assert metrics["step"] == STOP
-    # Of the first group's four blocks and the third's one; the second's is without.
-    assert (metrics["blocks"], metrics["blocks_with_version"]) == (6, 5)
+    # The first group's four blocks and the third's one; the second's four are without.
+    assert (metrics["blocks"], metrics["blocks_with_version"]) == (9, 5)
     states = handle.state_dict()["state"]
     assert not any(tensor.any() for tensor in tensors(states[2:4]) if tensor.is_floating_point())
     assert any(tensor.any() for tensor in tensors(states[:2]))
     train(model, optimizer, range(STOP, END))
-    assert handle.metrics()["blocks_with_version"] == 6
+    assert handle.metrics()["blocks_with_version"] == 9
+    assert [state.get("step") for state in handle.state_dict()["state"]] == [END] * 2 + [END - STOP] * 2 + [
+        0
+    ] * 2
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_it_is_not_counted_with_what_another_number_of_shards_lacks(caplog):
+    saved = through_a_file(*trained({0: OWN, 1: None}, range(STOP))[:2])
+    saved["optimizer"]["preconditioner"]["preconditioner_shards"] = 2
+    resumed({0: OWN}, saved)
+    assert ["was left alone" in r.getMessage() for r in caplog.records] == [True]
 
 
 def test_what_was_saved_of_a_group_that_is_left_alone_now_is_dropped(caplog):
