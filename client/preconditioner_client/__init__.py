@@ -1,6 +1,7 @@
 """Asynchronous Shampoo and K-FAC for a training process: optimizers, and their exchange with the service."""
 
 from preconditioner_client.attach import attach
+from preconditioner_client.attached_groups import GroupConfig
 from preconditioner_client.attachment import Attachment
 from preconditioner_client.config import (
     Accumulation,
@@ -45,6 +46,7 @@ __all__ = [
     "ExchangeError",
     "Grafting",
     "GraftingConfig",
+    "GroupConfig",
     "LocalExchange",
     "MemoryEstimate",
     "PolynomialDecay",

@@ -139,9 +139,11 @@ def _difference(
 def _checksums(parameters: Sequence[Described]) -> list[int]:
     """One number per parameter that follows from the bits of its weights."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    held = [p.held.detach() for p in parameters]
+    # Those of groups that are left alone may be complex.
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in held]
     sums = [
-        p.held.detach().reshape(-1).view(integers[p.held.element_size()]).sum(dtype=torch.int64)
-        for p in parameters
+        tensor.reshape(-1).view(integers[tensor.element_size()]).sum(dtype=torch.int64) for tensor in real
     ]
     by_device: dict[torch.device, list[int]] = {}
     for position, total in enumerate(sums):

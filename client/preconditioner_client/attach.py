@@ -10,11 +10,13 @@ Lightning does, is evaluated first of all, and the optimizer gets the loss that 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from preconditioner_client.attached_groups import AttachedGroup, AttachedGroups, GroupConfig
 from preconditioner_client.attachment import Attachment
 from preconditioner_client.config import (
     BlockingConfig,
@@ -44,6 +46,7 @@ def attach(
     statistics: StatisticsConfig | None = None,
     blocking: BlockingConfig | None = None,
     root: RootConfig | None = None,
+    groups: Mapping[int, GroupConfig | None] | None = None,
     staleness: StalenessConfig | None = None,
     service: str | ServiceConfig | Exchange | None = None,
     job: str | None = None,
@@ -62,6 +65,12 @@ def attach(
         statistics: how the Kronecker statistics are accumulated.
         blocking: how parameters are cut.
         root: ridge and exponent.
+        groups: by their number in ``optimizer.param_groups`` the groups that differ, those that are yet to
+            come included: a :class:`GroupConfig` with what they have of their own, or None for a group that
+            is left alone. That one keeps its gradients to the bit, has no statistics, and may hold sparse
+            gradients and complex parameters. But a step is one: NaN or infinity in its gradients refuses the
+            step for all groups, or on an accelerator makes it one without effect, its own gradients set to
+            zero.
         staleness: refresh interval, bound, adoption and policy.
         service: as for ``Shampoo``.
         job: name of this training job at the service.
@@ -97,19 +106,23 @@ def attach(
     names: dict[torch.Tensor, str] = {}
     if model is not None:
         names.update({p: name for name, p in model.named_parameters()})
-    settings = GroupSettings(
-        blocking=config("blocking", blocking, BlockingConfig()),
-        statistics=config("statistics", statistics, StatisticsConfig()),
-        root=config("root", root, RootConfig()),
+    common = AttachedGroup(
+        grafting=config("grafting", grafting, GraftingConfig(method=Grafting.SGD)),
+        blocks=GroupSettings(
+            blocking=config("blocking", blocking, BlockingConfig()),
+            statistics=config("statistics", statistics, StatisticsConfig()),
+            root=config("root", root, RootConfig()),
+        ),
     )
-    grafting = config("grafting", grafting, GraftingConfig(method=Grafting.SGD))
+    settings = AttachedGroups(common, groups)
     staleness = config("staleness", staleness, StalenessConfig())
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         for key in {"lr", "weight_decay"} & group.keys():
             if group[key] is not None:  # Adafactor finds its own
                 check_number(key, group[key])
-        for index, parameter in enumerate(group["params"]):
-            check_parameter(parameter, names.get(parameter, f"parameter {index}"))
+        if not settings[number].left_alone:
+            for index, parameter in enumerate(group["params"]):
+                check_parameter(parameter, names.get(parameter, f"parameter {index}"))
     engine = Engine(staleness, service, job, distributed)
     if optimizer.state:
         logger.warning(
@@ -118,4 +131,4 @@ def attach(
             "preconditioner",
             type(optimizer).__name__,
         )
-    return Attachment(optimizer, engine, settings, grafting, names)
+    return Attachment(optimizer, engine, settings, names)

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
+from preconditioner_client import checkpoint, closures, consolidation
 from preconditioner_client.agreement import settings_text
-from preconditioner_client.config import Grafting, GraftingConfig
-from preconditioner_client.distribution import like, local
+from preconditioner_client.attached_groups import AttachedGroups
+from preconditioner_client.attached_state import STATE_KEY, AttachedState
+from preconditioner_client.distribution import local
 from preconditioner_client.engine import Engine
-from preconditioner_client.foreach import cast_like, copy_all
-from preconditioner_client.gradients import check_parameter, only_initialises, working_gradients
-from preconditioner_client.grafting import (
-    directions,
-    needs_second_moment,
-    owns_weight_decay,
-    update_second_moments,
+from preconditioner_client.foreach import copy_all
+from preconditioner_client.gradients import (
+    check_parameter,
+    held_gradients,
+    only_initialises,
+    working_gradients,
 )
 from preconditioner_client.guard import Guard, is_deferred
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
-from preconditioner_client.plan import GroupPlan, GroupSettings
-from preconditioner_client.update_rule import blank_state
+from preconditioner_client.plan import GroupPlan
 
 logger = logging.getLogger("preconditioner_client")
-
-STATE_KEY = "preconditioner"
-"""Where the attached state stands in the optimizer's own state dict."""
 
 
 class Attachment:
@@ -48,16 +43,14 @@ class Attachment:
         self,
         optimizer: Optimizer,
         engine: Engine,
-        settings: GroupSettings,
-        grafting: GraftingConfig,
+        settings: AttachedGroups,
         names: dict[torch.Tensor, str],
     ) -> None:
         self._optimizer = optimizer
         self._engine = engine
         self._settings = settings
-        self._grafting = grafting
+        self._state = AttachedState(engine, settings)
         self._names = names
-        self._moments: dict[torch.Tensor, dict[str, Any]] = {}
         self._consolidated: dict[str, Any] | None = None
         self._elsewhere_at: int | None = None
         """Step at which another rank got the whole."""
@@ -77,18 +70,15 @@ class Attachment:
 
     def estimate_memory(self, *, replicas: int | None = None, replica: int = 0) -> MemoryEstimate:
         """As ``Shampoo.estimate_memory``; what the optimizer itself keeps comes on top."""
-        settings = {field.name: getattr(self._settings, field.name) for field in fields(self._settings)}
-        own = {
-            **_PLAIN,
-            **settings,
-            "grafting": self._grafting,
-            "beta1": 0.0,
-            "momentum": 0.0,
-            "nesterov": False,
-        }
-        groups = [{**own, "params": group["params"]} for group in self._optimizer.param_groups]
+        own = {**_PLAIN, "beta1": 0.0, "momentum": 0.0, "nesterov": False}
+        settings = [self._settings[number] for number in range(len(self._optimizer.param_groups))]
+        groups = [
+            {**own, "grafting": of_group.grafting, "params": group["params"]}
+            for group, of_group in zip(self._optimizer.param_groups, settings, strict=True)
+        ]
         return estimate_memory(
             groups,
+            [of_group.blocks for of_group in settings],
             self._engine.refresher.config,
             self._engine.distributed,
             replicas,
@@ -120,20 +110,7 @@ class Attachment:
         self._plan()
         if self._consolidated is not None and self._consolidated[checkpoint.STEP_KEY] == self._engine.step:
             return self._consolidated
-        state = []
-        for group, plan in zip(self._optimizer.param_groups, self._engine.plans, strict=True):
-            for index, parameter in enumerate(group["params"]):
-                moments = self._moments.get(parameter, self._blank_moments(parameter))
-                if self._elsewhere_at == self._engine.step:
-                    moments = consolidation.without_shards(moments)
-                state.append({**moments, **checkpoint.block_states(self._engine, plan, index)})
-        return {
-            checkpoint.FORMAT_KEY: checkpoint.FORMAT,
-            checkpoint.STEP_KEY: self._engine.step,
-            checkpoint.EPOCH_KEY: self._engine.epoch,
-            checkpoint.SHARDS_KEY: self._engine.ranks.shards,
-            "state": state,
-        }
+        return self._state.exported(self._parameters(), shards=self._elsewhere_at != self._engine.step)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collect the state of all ranks, as ``Shampoo.consolidate_state_dict``.
@@ -160,70 +137,18 @@ class Attachment:
             ValueError: it does not fit the optimizer's parameters; names the first that differs.
         """
         self._plan()
-        checkpoint_check.check_format(state_dict)
-        checkpoint_check.check_keys(state_dict, "state")
-        saved: list[dict[str, Any]] = state_dict["state"]
-        shards = state_dict.get(checkpoint.SHARDS_KEY)
-        groups = [group["params"] for group in self._optimizer.param_groups]
-        if len(saved) != sum(map(len, groups)):
-            raise ValueError(
-                f"the checkpoint has the state of {len(saved)} parameters, the optimizer has "
-                f"{sum(map(len, groups))}"
-            )
-        remaining: Iterator[dict[str, Any]] = iter(saved)
-        stored = [[next(remaining) for _ in params] for params in groups]
-        for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
-            for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
-                # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
-                checkpoint_check.check_state(
-                    state or {"step": 0},
-                    {"second_moment": tuple(parameter.shape)},
-                    ["second_moment"] if needs_second_moment(self._grafting) else [],
-                    f"attach with the grafting that it was saved with, or take {STATE_KEY!r} out of the "
-                    f"optimizer's state dict, so that the preconditioner begins anew",
-                    plan,
-                    index,
-                    shards,
-                )
+        self._state.load(self._parameters(), state_dict)
         self._consolidated = self._elsewhere_at = None
-        self._moments.clear()
-        for params, states in zip(groups, stored, strict=True):
-            for parameter, state in zip(params, states, strict=True):
-                own = {key: value for key, value in state.items() if not key.startswith("block.")}
-                if own:
-                    self._moments[parameter] = {
-                        key: checkpoint.placed(value, parameter, self._engine.ranks)
-                        for key, value in own.items()
-                    }
-        # Where the method counts no steps, 0 does not say that there were none.
-        counted = [
-            [{key: value for key, value in state.items() if key != "step" or value > 0} for state in states]
-            for states in stored
-        ]
-        checkpoint.restore_blocks(
-            self._engine,
-            counted,
-            int(state_dict[checkpoint.STEP_KEY]),
-            int(state_dict[checkpoint.EPOCH_KEY]),
-            shards,
-        )
         self._restored = True
 
     def _begin_anew(self) -> None:
         """Forget all that was learned, as if attached just now."""
+        self._plan()
         self._consolidated = self._elsewhere_at = None
-        self._moments.clear()
-        blank: list[list[dict[str, Any]]] = [[{} for _ in plan.names] for plan in self._plan()]
-        checkpoint.restore_blocks(self._engine, blank, 0, self._engine.epoch)
+        self._state.begin_anew()
 
-    def _blank_moments(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """What a parameter has before its first update.
-
-        torch.distributed.checkpoint loads the keys that it is shown, and no list in which an entry is empty.
-        """
-        if not parameter.requires_grad or not needs_second_moment(self._grafting):
-            return {"step": 0}
-        return blank_state({"grafting": self._grafting, "beta1": 0.0, "momentum": 0.0}, parameter)
+    def _parameters(self) -> list[list[torch.Tensor]]:
+        return [group["params"] for group in self._optimizer.param_groups]
 
     @torch.no_grad()
     def _before_step(
@@ -252,8 +177,8 @@ class Attachment:
             return
         plans = self._plan()
         gradients = [
-            working_gradients({**_PLAIN, "params": group["params"], "grafting": self._grafting}, plan.names)
-            for group, plan in zip(optimizer.param_groups, plans, strict=True)
+            self._gradients(number, group["params"], plan)
+            for number, (group, plan) in enumerate(zip(optimizer.param_groups, plans, strict=True))
         ]
         if not any(g is not None for of_group in gradients for g in of_group):
             return
@@ -262,6 +187,15 @@ class Attachment:
         self._restored = False
         with self._engine.recorded():
             self._replace(optimizer, plans, gradients, found_inf)
+
+    def _gradients(
+        self, number: int, parameters: Sequence[torch.Tensor], plan: GroupPlan
+    ) -> list[torch.Tensor | None]:
+        """What is preconditioned; of a group that is left alone what may make the whole step a bad one."""
+        settings = self._settings[number]
+        if settings.left_alone:
+            return held_gradients(parameters)
+        return working_gradients({**_PLAIN, "params": parameters, "grafting": settings.grafting}, plan.names)
 
     def _replace(
         self,
@@ -274,11 +208,12 @@ class Attachment:
         guard = self._engine.examine(gradients, found_inf)
         usable = self._engine.advance(gradients, guard)
         updates = [
-            self._diagonal(group, of_group, guard)
-            for group, of_group in zip(optimizer.param_groups, gradients, strict=True)
+            self._diagonal(number, group["params"], of_group, guard)
+            for number, (group, of_group) in enumerate(zip(optimizer.param_groups, gradients, strict=True))
         ]
-        for plan, of_group, directions_of in zip(plans, gradients, updates, strict=True):
-            self._engine.precondition(plan, of_group, directions_of, self._grafting, usable)
+        for number, (plan, of_group) in enumerate(zip(plans, gradients, strict=True)):
+            grafting = self._settings[number].grafting
+            self._engine.precondition(plan, of_group, updates[number], grafting, usable)
         self._engine.share(updates)
         if guard is not None:
             guard.clear_([update for of_group in updates for update in of_group if update is not None])
@@ -291,36 +226,18 @@ class Attachment:
         copy_all([held for held, _ in replaced], [update for _, update in replaced])
 
     def _diagonal(
-        self, group: dict[str, Any], gradients: list[torch.Tensor | None], guard: Guard | None
+        self,
+        number: int,
+        parameters: Sequence[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+        guard: Guard | None,
     ) -> list[torch.Tensor | None]:
-        """The direction that blocks without a version pass on, and whose length the others take."""
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        grads = [g for g in gradients if g is not None]
-        if not grads:
-            return gradients
-        if self._grafting.method in (Grafting.SGD, Grafting.NONE):
-            # The gradient is its own direction, and can be overwritten block by block.
-            return [g if g is None else g.contiguous() for g in gradients]
-        params = [group["params"][i] for i in present]
-        states = []
-        for parameter, gradient in zip(params, grads, strict=True):
-            state = self._moments.setdefault(parameter, {"step": 0})
-            state["step"] += 1
-            if needs_second_moment(self._grafting) and "second_moment" not in state:
-                state["second_moment"] = like(parameter, torch.zeros_like(gradient))
-            states.append(state)
-        moments = [local(s["second_moment"]) for s in states] if needs_second_moment(self._grafting) else []
-        if moments:
-            update_second_moments(self._grafting, moments, grads, guard)
-        held = [local(p).detach() for p in params] if owns_weight_decay(self._grafting) else []
-        weights = cast_like(held, grads[: len(held)])
-        steps = [s["step"] for s in states]
-        norms = self._engine.ranks.norms
-        found = directions(self._grafting, grads, moments, steps, weights, 0.0, norms)
-        result: list[torch.Tensor | None] = [None] * len(gradients)
-        for position, direction in zip(present, found, strict=True):
-            result[position] = direction.contiguous()
-        return result
+        """What takes the place of a group's gradients where no block has a version; None: they stay."""
+        settings = self._settings[number]
+        if settings.left_alone:
+            return [None] * len(gradients)
+        moments = self._state.moments
+        return moments.directions(settings.grafting, parameters, gradients, self._engine.ranks, guard)
 
     def _plan(self) -> list[Any]:
         """Plans of all groups; those added meanwhile join."""
@@ -332,10 +249,12 @@ class Attachment:
         for number in range(len(plans), len(self._optimizer.param_groups)):
             params = self._optimizer.param_groups[number]["params"]
             names = [self._names.get(p, f"group{number}.parameter{i}") for i, p in enumerate(params)]
+            settings = self._settings[number]
             for parameter, name in zip(params, names, strict=True):
-                check_parameter(parameter, name)
+                if not settings.left_alone:
+                    check_parameter(parameter, name)
             self._engine.add_group(
-                self._settings, params, names, update=partial(self._update_settings, number)
+                settings.blocks, params, names, update=partial(self._update_settings, number)
             )
         return plans
 
@@ -343,7 +262,9 @@ class Attachment:
         """What replicas must have in common beside what blocks follow from: the optimizer and its numbers."""
         optimizer = self._optimizer
         numbers = settings_text(optimizer.param_groups[number], optimizer.defaults)
-        return f"{type(optimizer).__name__} {numbers} {self._grafting}"
+        settings = self._settings[number]
+        grafting = "" if settings.left_alone else f" {settings.grafting}"
+        return f"{type(optimizer).__name__} {numbers}{grafting}"
 
     def _refuse_copy(self) -> dict[str, Any]:
         raise TypeError(

@@ -5,7 +5,8 @@ Per parameter:
 ==============================  ================================================================
 key                             value
 ==============================  ================================================================
-``step``                        int, updates of this parameter
+``step``                        int, updates of this parameter; -1, and no other key, where ``attach``
+                                leaves it alone
 ``exp_avg``                     EMA of the gradient, if ``beta1 > 0``
 ``second_moment``               of the grafting method, if it keeps one
 ``momentum_buffer``             if ``momentum > 0``, after the first step

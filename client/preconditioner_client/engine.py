@@ -23,7 +23,7 @@ from preconditioner_client.gradients import check_finite, check_shapes, judge, n
 from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.held_blocks import HeldBlocks
-from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, StackPlan, plan_group
+from preconditioner_client.plan import GroupPlan, GroupSettings, LeftAlone, Loads, StackPlan, plan_group
 from preconditioner_client.refresh import Refresher
 from preconditioner_client.schedule import Mask
 from preconditioner_client.service_config import ServiceConfig
@@ -83,6 +83,7 @@ class Engine:
         self.parameters: list[torch.Tensor] = []
         self._devices: list[torch.device] = []
         self._texts: list[tuple[str, Callable[[], str]]] = []
+        self._cut: list[tuple[str, torch.Tensor]] = []
         self._shapes: list[torch.Size] = []
         self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
@@ -101,7 +102,7 @@ class Engine:
         Under more than one rank all must add the same groups in the same order.
 
         Args:
-            settings: of the group.
+            settings: of the group; :class:`LeftAlone` if nothing of it is preconditioned.
             parameters: what is preconditioned.
             names: one for each parameter.
             compared: one for each parameter: what replicas must hold the same bits of; default itself.
@@ -124,7 +125,9 @@ class Engine:
         self.refresher.extend(plan.snapshot_costs(), self.step, plan.own)
         own = parameters if compared is None else compared
         self._compared.extend(own)
-        self._shapes.extend(parameter.shape for parameter in own)
+        if not isinstance(settings, LeftAlone):
+            self._cut.extend(zip(names, own, strict=True))
+            self._shapes.extend(parameter.shape for parameter in own)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
@@ -163,6 +166,7 @@ class Engine:
         self.parameters = []
         self._devices = []
         self._texts = []
+        self._cut = []
         self._shapes = []
         self._compared = []
         self._held = HeldBlocks()
@@ -191,9 +195,8 @@ class Engine:
                 :func:`preconditioner_client.gradients.check_finite`. Or a parameter has another shape than
                 its blocks were cut for.
         """
-        names = [plan.names for plan in self.plans]
-        check_shapes(self._compared, self._shapes, names)
-        present = named(gradients, names)
+        check_shapes(self._cut, self._shapes)
+        present = named(gradients, [plan.names for plan in self.plans])
         devices = {gradient.device for _, gradient in present}
         if len(devices) > 1 or not is_deferred(present[0][1].device):
             check_finite(present, self.ranks.maximum_over_shards)

@@ -30,29 +30,39 @@ def check_parameter(parameter: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has dtype {parameter.dtype}; only floating-point parameters can be trained")
 
 
-def check_shapes(
-    parameters: Sequence[torch.Tensor], shapes: Sequence[torch.Size], names: Sequence[Sequence[str]]
-) -> None:
+def check_shapes(parameters: Sequence[tuple[str, torch.Tensor]], shapes: Sequence[torch.Size]) -> None:
     """Refuse parameters that have another shape than their blocks were cut for, as after ``p.data = other``.
 
     Args:
-        parameters: of all groups.
+        parameters: of all groups that were cut, with their names.
         shapes: as they were then.
-        names: of the parameters, group by group.
 
     Raises:
         ValueError: naming the first parameter concerned.
     """
     # The usual case is to be quick: it comes in every step.
-    if [parameter.shape for parameter in parameters] == shapes:
+    if [parameter.shape for _, parameter in parameters] == shapes:
         return
-    flat = [name for of_group in names for name in of_group]
-    for parameter, shape, name in zip(parameters, shapes, flat, strict=True):
+    for (name, parameter), shape in zip(parameters, shapes, strict=True):
         if parameter.shape != shape:
             raise ValueError(
                 f"{name} has the shape {tuple(parameter.shape)}, but had {tuple(shape)} when its blocks were "
                 f"cut; nothing was updated. Make the optimizer anew after a parameter changed its shape"
             )
+
+
+def held_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What this rank holds of gradients that are looked at only, in the memory in which they are.
+
+    Of a sparse one its values, of a complex one pairs of real numbers. Parameters without a gradient give
+    None.
+    """
+    return [None if p.grad is None else _held(local(p.grad)) for p in parameters]
+
+
+def _held(gradient: torch.Tensor) -> torch.Tensor:
+    values = gradient._values() if gradient.is_sparse else gradient
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch.Tensor | None]:
@@ -69,7 +79,8 @@ def working_gradients(group: dict[str, Any], names: Sequence[str]) -> list[torch
         if gradient.is_sparse:
             raise RuntimeError(
                 f"the gradient of {names[index]} is sparse, which Shampoo cannot precondition: use "
-                f"sparse=False in its embedding, or put it into torch.optim.SparseAdam"
+                f"sparse=False in its embedding, put it into torch.optim.SparseAdam, or let attach() leave "
+                f"its group alone (groups={{number: None}})"
             )
     gradients: list[torch.Tensor | None] = [None] * len(group["params"])
     for positions in positions_by_kind([gradient for _, gradient in present]):

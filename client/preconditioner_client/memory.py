@@ -38,7 +38,7 @@ import torch
 from preconditioner_client.config import StalenessConfig
 from preconditioner_client.distribution import DistributedConfig, Ranks, is_dtensor
 from preconditioner_client.grafting import needs_second_moment
-from preconditioner_client.plan import GroupPlan, GroupSettings, Loads, plan_group
+from preconditioner_client.plan import GroupPlan, GroupSettings, LeftAlone, Loads, plan_group
 from preconditioner_client.sharing import gather_bytes
 from preconditioner_client.step_memory import (
     applying_bytes,
@@ -97,6 +97,7 @@ class MemoryEstimate:
 
 def estimate_memory(
     groups: Sequence[dict[str, Any]],
+    settings: Sequence[GroupSettings],
     staleness: StalenessConfig,
     distributed: str | DistributedConfig,
     replicas: int | None,
@@ -107,6 +108,7 @@ def estimate_memory(
 
     Args:
         groups: as in ``param_groups``.
+        settings: what the groups' blocks are made with.
         staleness: of the optimizer.
         distributed: of the optimizer.
         replicas: see ``Shampoo.estimate_memory``.
@@ -117,11 +119,12 @@ def estimate_memory(
         ValueError: see ``Shampoo.estimate_memory``.
     """
     ranks = ranks_as_if(groups, distributed, replicas, replica)
-    settings = [
-        GroupSettings(blocking=group["blocking"], statistics=group["statistics"], root=group["root"])
-        for group in groups
-    ]
     plans = plan_on_meta(settings, [[p.shape for p in group["params"]] for group in groups], ranks)
+    # A verdict on its gradients, which the plans count, is all that there is of a group left alone.
+    groups = [
+        {**group, "params": []} if isinstance(of_group, LeftAlone) else group
+        for group, of_group in zip(groups, settings, strict=True)
+    ]
     found = memory_of_blocks(groups, plans, ranks, staleness, credit_bytes)
     return replace(found, temporaries=_temporaries(groups, plans))
 

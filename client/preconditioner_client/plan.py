@@ -24,6 +24,11 @@ class GroupSettings:
     statistics: StatisticsConfig
     root: RootConfig
 
+    @staticmethod
+    def of(group: dict[str, Any]) -> GroupSettings:
+        """Those of a parameter group that has them beside its numbers."""
+        return GroupSettings(blocking=group["blocking"], statistics=group["statistics"], root=group["root"])
+
     def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:
         """How a parameter is cut, see :func:`partition`; ``index`` is its position in the group."""
         return partition(shape, self.blocking, rows)
@@ -33,6 +38,23 @@ class GroupSettings:
     ) -> BlockStack:
         """What keeps blocks of one shape."""
         return BlockStack(members, preconditioned, self.statistics, device)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LeftAlone(GroupSettings):
+    """Of a group that is not preconditioned: its parameters have names, and no blocks."""
+
+    blocking: BlockingConfig = field(default_factory=BlockingConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    root: RootConfig = field(default_factory=RootConfig)
+
+    def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:
+        """No blocks, whatever the shape."""
+        return Partition(shape, (), ())
+
+    def __repr__(self) -> str:
+        # As ranks that differ in it tell each other.
+        return "left alone"
 
 
 @dataclass(slots=True)

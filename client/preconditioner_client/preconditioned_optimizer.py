@@ -234,11 +234,8 @@ class PreconditionedOptimizer(Optimizer):
         for number in range(len(engine.plans), len(self.param_groups)):
             group = self.param_groups[number]
             names = [str(name) for name in group.get("param_names", ())]
-            settings = GroupSettings(
-                blocking=group["blocking"], statistics=group["statistics"], root=group["root"]
-            )
             engine.add_group(
-                settings,
+                GroupSettings.of(group),
                 group["params"],
                 names or [f"group{number}.parameter{i}" for i in range(len(group["params"]))],
                 update=partial(_update_settings, group, self.defaults),

@@ -28,6 +28,7 @@ from preconditioner_client.engine import Engine
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.memory import MemoryEstimate, estimate_memory
 from preconditioner_client.options import config
+from preconditioner_client.plan import GroupSettings
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_client.service_config import ServiceConfig
 
@@ -127,6 +128,7 @@ class Shampoo(PreconditionedOptimizer):
         engine = cast(Engine, self._engine)
         return estimate_memory(
             self.param_groups,
+            [GroupSettings.of(group) for group in self.param_groups],
             engine.refresher.config,
             engine.distributed,
             replicas,

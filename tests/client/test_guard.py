@@ -203,12 +203,14 @@ def test_nor_do_replicas(on_device, monkeypatch, bucket_bytes):
     assert optimizer.metrics()["versions_adopted"] > 0
 
 
+@pytest.mark.parametrize("groups", [None, {1: None}])
 @pytest.mark.parametrize("grafting", ["sgd", "adam"])
-def test_nor_does_an_attached_preconditioner(on_device, grafting):
+def test_nor_does_an_attached_preconditioner(on_device, grafting, groups):
     parameters = parameters_without_values()
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer = torch.optim.SGD([{"params": parameters[:6]}, {"params": parameters[6:]}], lr=0.1)
     handle = attach(
         optimizer,
+        groups=groups,
         grafting=GraftingConfig(method=grafting),
         blocking=BlockingConfig(block_size=8),
         staleness=STALENESS,
@@ -352,6 +354,46 @@ def test_an_attached_preconditioner_hands_on_zeros(deferred):
     model[1].weight.grad[0, 0] = float("inf")
     optimizer.step()
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert handle.metrics()["nonfinite_steps"] == 1
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_groups_left_alone_take_part_in_a_bad_step_and_in_no_other(deferred, bad):
+    """Half of a step is worse than none, whichever gradient is bad."""
+    deferred()
+    torch.manual_seed(0)
+    table, layer = nn.Embedding(6, 4, sparse=True), nn.Linear(4, 8, bias=False)
+    wave = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    parameters = table.weight, layer.weight, wave
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)
+    handle = attach(
+        optimizer,
+        grafting=GraftingConfig(),
+        groups={0: None, 2: None},
+        staleness=STALENESS,
+        service=LocalExchange(1),
+    )
+    # After the preconditioner's hook, and before the optimizer.
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.to_dense().clone() for p in parameters]))
+
+    def backward(step):
+        optimizer.zero_grad()
+        loss = layer(table(torch.tensor([step % 6, 5]))).square().sum() + wave.abs().square().sum()
+        loss.backward()
+        return [p.grad.to_dense().clone() for p in parameters]
+
+    for step in range(5):
+        given = backward(step)
+        optimizer.step()
+        assert [torch.equal(a, b) for a, b in zip(seen[-1], given, strict=True)] == [True, False, True]
+    weights = [p.detach().clone() for p in parameters]
+    backward(5)
+    gradient = parameters[bad].grad
+    (gradient._values() if gradient.is_sparse else gradient)[0] = float("nan")
+    optimizer.step()
+    assert not any(bool(gradient.any()) for gradient in seen[-1])
+    assert all(torch.equal(p, w) for p, w in zip(parameters, weights, strict=True))
     assert handle.metrics()["nonfinite_steps"] == 1
 
 

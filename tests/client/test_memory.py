@@ -12,6 +12,7 @@ from preconditioner_client import (
     BlockingConfig,
     DistributedConfig,
     GraftingConfig,
+    GroupConfig,
     LocalExchange,
     Shampoo,
     StalenessConfig,
@@ -104,6 +105,41 @@ def test_the_formula_bounds_what_is_attached_too(method, dtype):
     peak = peak_of_steps(optimizer, metrics=attachment.metrics)
     print(f"formula / measured {expected / peak:.3f}, {peak=} {dataclasses.asdict(estimate)}")
     assert peak <= expected <= 1.3 * peak
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_nor_is_it_loose_where_groups_differ_or_are_left_alone(alone):
+    """What is left alone takes nothing; half precision would have a working copy."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).bfloat16()) for s in LINEAR]
+    optimizer = torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=1e-3)
+    own = GroupConfig(grafting=GraftingConfig(method="adam"), blocking=BlockingConfig(block_size=64))
+    attachment = attach(
+        optimizer,
+        groups={alone: None, 1 - alone: own},
+        blocking=BlockingConfig(block_size=128),
+        staleness=StalenessConfig(refresh_every=2, stagger=False),
+        service=Waiting(),
+    )
+    estimate = attachment.estimate_memory()
+    held = parameters[2:] if alone == 0 else parameters[:2]
+    assert estimate.moments == 4 * sum(p.numel() for p in held)
+    expected = estimate.total - estimate.in_flight
+    peak = peak_of_steps(optimizer, metrics=attachment.metrics)
+    print(f"formula / measured {expected / peak:.3f}, {peak=} {dataclasses.asdict(estimate)}")
+    assert peak <= expected <= 1.3 * peak
+    without = attach(
+        torch.optim.SGD(held, lr=1e-3),
+        blocking=BlockingConfig(block_size=64),
+        grafting=GraftingConfig(method="adam"),
+        staleness=StalenessConfig(refresh_every=2, stagger=False),
+        service=Waiting(),
+    ).estimate_memory()
+    # Numbers about each gradient are all that it takes.
+    assert without.total < estimate.total < without.total + 1000
+    as_if = attachment.estimate_memory(replicas=2)
+    values = sum(p.numel() for p in held if p.ndim == 2)
+    assert 3 / 2 * 4 * values <= as_if.gather_buffers <= 1.3 * 3 / 2 * 4 * values
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from distributed_training import make_attached
+from preconditioner_client import GraftingConfig, GroupConfig
 from sharded_training import END, STOP, aligned, assert_same, shard, train, uneven
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -111,6 +112,28 @@ def it_resumes_bit_for_bit_with_torch(folder):
     assert_resumes(folder / "attached-uneven", uneven, way="fused", method="sgd")
 
 
+GROUPS = {
+    "cuts": (2, 4),
+    "groups": {0: None, 1: GroupConfig(grafting=GraftingConfig(method="rmsprop"))},
+}
+"""The first layer is left alone, the second has a grafting of its own, the last the common one."""
+
+
+def groups_that_differ_or_are_left_alone(folder):
+    """Also through checkpoints: of torch, and whole ones."""
+    model = assert_resumes(folder / "attached-groups", aligned, method="lamb", **GROUPS)
+    single, _, reference = trained(alone(aligned, method="lamb", **GROUPS), range(END))
+    assert_same(model, single, rtol=1e-3, atol=1e-4)
+    assert reference.metrics()["blocks"] == 32  # of (64, 32), and no other
+
+    run = trained(sharded(aligned, method="lamb", **GROUPS), range(STOP))
+    run[2].consolidate_state_dict()
+    states = run[2].state_dict()["state"]
+    assert states[:2] == [{"step": -1}] * 2
+    if dist.get_rank() == 0:
+        assert sum(key.endswith(".version") for key in states[2]) == 32
+
+
 def replicas_of_shards_resume_bit_for_bit(folder):
     model = assert_resumes(folder / "attached-hsdp", aligned, kind="hsdp", method="adam")
     assert_same(model, trained(alone(aligned, method="adam"), range(END))[0])
@@ -161,6 +184,7 @@ ON_TWO_RANKS = [
     the_weights_are_those_of_one_process,
     training_with_backward_and_clipping,
     it_resumes_bit_for_bit_with_torch,
+    groups_that_differ_or_are_left_alone,
     a_whole_state_loads_into_one_process_and_into_shards,
     a_consolidated_state_is_saved_by_torch,
 ]

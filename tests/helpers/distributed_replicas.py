@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -29,6 +30,7 @@ from preconditioner_client import (
     BlockingConfig,
     DistributedConfig,
     GraftingConfig,
+    GroupConfig,
     LocalExchange,
     Shampoo,
     StalenessConfig,
@@ -323,6 +325,38 @@ def an_attached_preconditioner_shares_its_blocks(folder):
         assert_same(*models)
 
 
+def a_group_left_alone_is_shared_with_nobody(folder):
+    """Where they differ among ranks, its gradients stay those of each; the other groups have owners."""
+    models, seen = (make_model(), make_model()), []
+    for overlap in (False, True):
+        model = models[overlap]
+        optimizer, handle = make_attached(
+            model,
+            cuts=(2, 4),
+            groups={0: None, 2: GroupConfig(blocking=BlockingConfig(block_size=4)), 3: None},
+            distributed=DistributedConfig(overlap=overlap, bucket_bytes=600),
+        )
+        complex_ones = [nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.complex64, torch.complex128)]
+        optimizer.add_param_group({"params": complex_ones})
+        optimizer.register_step_pre_hook(
+            lambda *_, of=model: seen.append([p.grad.clone() for p in of.parameters()])
+        )
+        for step in range(8):
+            set_gradients(model, step)
+            for parameter in complex_ones:
+                parameter.grad = torch.ones_like(parameter)
+            for parameter in model[0].parameters():
+                parameter.grad += dist.get_rank()
+            given = [p.grad.clone() for p in model.parameters()]
+            optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(seen[-1][:2], given[:2], strict=True))
+            assert not any(torch.equal(a, b) for a, b in zip(seen[-1][2:4], given[2:4], strict=True))
+        assert_replicas_are_equal(model[2:])
+        # (16, 20) in blocks of 8 and (8, 16) in blocks of 4, shared among the ranks.
+        assert sum(on_all_ranks(handle.metrics()["blocks"])) == 6 + 8
+    assert_same(*models)
+
+
 def a_gradient_that_is_not_finite_is_refused_by_all(folder):
     model = make_model()
     optimizer = make_optimizer(model)
@@ -398,6 +432,20 @@ def different_settings_of_an_attached_optimizer_are_refused_by_name(folder):
         with pytest.raises(ValueError, match=r"0\.weight is not the same parameter on all ranks.*" + message):
             train(model, optimizer, range(1))
         assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+        handle.close()
+    own = GroupConfig(grafting=GraftingConfig(method="lars"))
+    for groups, message in (
+        ((None, {1: None}), r"2\.weight is not the same .*rank 0: .*GroupSettings.*rank 1: .* left alone "),
+        ((dict.fromkeys(range(2)), {0: None}), r"2\.weight is not the same .* left alone .*GroupSettings"),
+        ((dict.fromkeys(range(2)), {}), r"0\.weight is not the same .* left alone .*GroupSettings"),
+        (({0: own}, {1: own}), r"0\.weight is not the same .*LARS.*ADAM"),
+        (({}, {2: None}), None),  # of a group that nobody has
+    ):
+        model = make_model()
+        optimizer, handle = make_attached(model, cuts=(2,), groups=groups[rank])
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            train(model, optimizer, range(1))
+        assert handle.metrics()["step"] == (0 if message else 1)
         handle.close()
 
 
@@ -495,6 +543,7 @@ SCENARIOS = [
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
     an_attached_preconditioner_shares_its_blocks,
+    a_group_left_alone_is_shared_with_nobody,
     a_gradient_that_is_not_finite_is_refused_by_all,
     different_models_are_refused_by_name_on_all_ranks,
     different_numbers_of_parameters_are_refused,

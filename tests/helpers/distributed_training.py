@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -50,15 +52,27 @@ def make_optimizer(model, **settings):
     return Shampoo(model.named_parameters(), **(defaults | settings))
 
 
-def make_attached(model, way="foreach", method="adam", **settings):
-    """AdamW and the handle of what is attached to it."""
+def make_attached(model, way="foreach", method="adam", cuts=(), **settings):
+    """AdamW and the handle of what is attached to it.
+
+    Args:
+        model: whose parameters there are.
+        way: see ``ADAMW``.
+        method: of grafting.
+        cuts: positions of the parameters that begin a group of their own.
+        settings: of ``attach``.
+    """
     defaults = {
         "grafting": GraftingConfig(method=method),
         "blocking": BlockingConfig(block_size=8),
         "staleness": SCHEDULED,
         "service": LocalExchange(1),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW[way])
+    parameters = list(model.parameters())
+    groups = [
+        {"params": parameters[begin:end]} for begin, end in itertools.pairwise((0, *cuts, len(parameters)))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, **ADAMW[way])
     return optimizer, attach(optimizer, model, **(defaults | settings))
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from preconditioner_client import (
     BlockingConfig,
     GraftingConfig,
+    GroupConfig,
     Ridge,
     RootConfig,
     Shampoo,
@@ -34,6 +35,8 @@ class Case:
         options: of both ``Shampoo`` and ``attach``.
         shampoo_options: of ``Shampoo`` alone.
         optimizer_options: of the optimizer that is attached to.
+        attach_options: of ``attach`` alone.
+        kind: of that optimizer.
         rounding: relative difference of weights that rounding of the roots may come to.
     """
 
@@ -41,6 +44,8 @@ class Case:
     options: ClassVar = {}
     shampoo_options: ClassVar = {}
     optimizer_options: ClassVar = {}
+    attach_options: ClassVar = {}
+    kind = torch.optim.AdamW
     rounding = 1e-4
 
     def __init__(self, attached):
@@ -71,8 +76,8 @@ class Case:
         """Train; returns the metrics of the preconditioner."""
         settings = {"service": exchange, "job": job, "staleness": STALENESS, **self.options}
         if self.attached:
-            optimizer = torch.optim.AdamW(self.groups(), **{"lr": LR, **self.optimizer_options})
-            source = attach(optimizer, self.model, **settings)
+            optimizer = self.kind(self.groups(), **{"lr": LR, **self.optimizer_options})
+            source = attach(optimizer, self.model, **settings, **self.attach_options)
         else:
             source = optimizer = Shampoo(self.groups(), **{"lr": LR, **settings, **self.shampoo_options})
         try:
@@ -101,6 +106,8 @@ class PlainLoop(Case):
 class GroupsOfTheirOwn(Case):
     """Settings of groups, and one that joins in the middle."""
 
+    attach_options: ClassVar = {"groups": {0: GroupConfig(statistics=StatisticsConfig(beta=0.9))}}
+
     def groups(self):
         own = {} if self.attached else {"statistics": StatisticsConfig(beta=0.9), "beta1": 0.5}
         return [{"params": [self.model[0].weight, self.model[0].bias], "lr": 0.01, **own}]
@@ -108,6 +115,33 @@ class GroupsOfTheirOwn(Case):
     def before(self, step, optimizer):
         if step == 5:
             optimizer.add_param_group({"params": list(self.model[2].parameters()), "lr": 0.005})
+
+
+class GroupsLeftAlone(Case):
+    """An embedding with sparse gradients, and a head that joins in the middle."""
+
+    optimizer_options: ClassVar = {"momentum": 0.9}
+    attach_options: ClassVar = {"groups": {0: None, 2: None}}
+    kind = torch.optim.SGD
+
+    def make_model(self):
+        return nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 9))
+
+    def groups(self):
+        return [{"params": list(self.model[i].parameters())} for i in (0, 1)]
+
+    def before(self, step, optimizer):
+        if step == 5:
+            optimizer.add_param_group({"params": list(self.model[3].parameters())})
+
+    def loss(self, step):
+        tokens = torch.arange(step, step + 32) % 9
+        return F.cross_entropy(self.model(tokens), (3 * tokens + 1) % 9)
+
+    def after(self, optimizer):
+        assert self.model[0].weight.grad.is_sparse
+        kept = [len(state) > 1 for state in optimizer.state_dict()["preconditioner"]["state"]]
+        assert kept == [False, True, False, False, False]
 
 
 class GradientsThatAreMissing(Case):
@@ -340,9 +374,11 @@ def _statistics_dtypes(optimizer):
 
 
 SHAMPOO_ALONE = {NesterovMomentum}
+ATTACHED_ALONE = {GroupsLeftAlone}
 CASES = [
     PlainLoop,
     GroupsOfTheirOwn,
+    GroupsLeftAlone,
     GradientsThatAreMissing,
     FrozenThenThawed,
     TiedWeights,

@@ -84,13 +84,7 @@ def estimate_memory(
     if any(is_dtensor(parameter) for parameter in parameters):
         raise ValueError("K-FAC needs whole layers, and parameters are sharded (DTensor)")
     ranks = ranks_as_if(groups, engine.distributed, replicas, replica)
-    settings = [
-        engine.layer_settings(
-            GroupSettings(blocking=group["blocking"], statistics=group["statistics"], root=group["root"]),
-            group["params"],
-        )
-        for group in groups
-    ]
+    settings = [engine.layer_settings(GroupSettings.of(group), group["params"]) for group in groups]
     shapes = [[engine.matrix_shape(parameter) for parameter in group["params"]] for group in groups]
     plans = plan_on_meta(settings, shapes, ranks)
     found = memory_of_blocks(groups, plans, ranks, engine.refresher.config, engine.credit_bytes)
