@@ -61,6 +61,8 @@ class Attachment:
         self._consolidated: dict[str, Any] | None = None
         self._elsewhere_at: int | None = None
         """Step at which another rank got the whole."""
+        self._elsewhere = 0
+        """That rank."""
         self._restored = False
         """Whether the handle itself was loaded into since the last step."""
         self._hooks = [
@@ -149,7 +151,7 @@ class Attachment:
         if whole is not None:
             self._consolidated = {**own, "state": [whole["state"][i] for i in range(len(own["state"]))]}
         else:
-            self._elsewhere_at = self._engine.step
+            self._elsewhere_at, self._elsewhere = self._engine.step, to
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, in a new epoch.
@@ -157,7 +159,8 @@ class Attachment:
         The optimizer's own ``load_state_dict`` may come before or after it.
 
         Raises:
-            ValueError: it does not fit the optimizer's parameters; names the first that differs.
+            ValueError: it does not fit the optimizer's parameters; names the first that differs. Or it is
+                what a rank that was not named gave after :meth:`consolidate_state_dict`.
         """
         self._plan()
         checkpoint_check.check_format(state_dict)
@@ -174,6 +177,9 @@ class Attachment:
         stored = [[next(remaining) for _ in params] for params in groups]
         for plan, params, states in zip(self._engine.plans, groups, stored, strict=True):
             for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
+                if self._elsewhere_at == self._engine.step:
+                    held = self._moments.get(parameter, {})
+                    consolidation.refuse_remains(held, state, self._elsewhere, "a handle attached anew")
                 # Without moments nothing but blocks is saved, and a rank without any of them saves nothing.
                 checkpoint_check.check_state(
                     state or {"step": 0},
