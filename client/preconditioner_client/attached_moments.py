@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ class AttachedMoments:
         if not parameter.requires_grad or not needs_second_moment(grafting):
             return {"step": 0}
         return blank_state({"grafting": grafting, "beta1": 0.0, "momentum": 0.0}, parameter)
+
+    def held(self, parameter: torch.Tensor) -> Mapping[str, Any]:
+        """What is kept of one parameter; empty before its first update."""
+        return self._states.get(parameter, {})
 
     def restore(self, parameter: torch.Tensor, saved: dict[str, Any], ranks: Ranks) -> None:
         """Take what a checkpoint has of one parameter beside its blocks."""

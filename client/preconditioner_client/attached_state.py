@@ -72,15 +72,20 @@ class AttachedState:
             "state": state,
         }
 
-    def load(self, parameters: Parameters, state_dict: dict[str, Any]) -> None:
+    def load(self, parameters: Parameters, state_dict: dict[str, Any], elsewhere: int | None = None) -> None:
         """Continue from such a state dict, in a new epoch.
 
         A group that is left alone, or was when it was saved, takes nothing from it; a warning says so.
 
+        Args:
+            parameters: of the optimizer.
+            state_dict: see the module.
+            elsewhere: the rank that alone shows shards since a consolidation; None without one.
+
         Raises:
             ValueError: it does not fit the parameters; names the first that differs. Nothing is changed then.
         """
-        stored = self._checked(parameters, state_dict)
+        stored = self._checked(parameters, state_dict, elsewhere)
         self.moments.clear()
         for params, states in zip(parameters, stored, strict=True):
             for parameter, state in zip(params, states, strict=True):
@@ -105,7 +110,7 @@ class AttachedState:
         blank: States = [[{} for _ in plan.names] for plan in self._engine.plans]
         checkpoint.restore_blocks(self._engine, blank, 0, self._engine.epoch)
 
-    def _checked(self, parameters: Parameters, state_dict: dict[str, Any]) -> States:
+    def _checked(self, parameters: Parameters, state_dict: dict[str, Any], elsewhere: int | None) -> States:
         """What is to be restored, held against the plans."""
         checkpoint_check.check_format(state_dict)
         checkpoint_check.check_keys(state_dict, "state")
@@ -130,6 +135,9 @@ class AttachedState:
         for number, (params, states) in enumerate(zip(parameters, stored, strict=True)):
             for index, (parameter, state) in enumerate(zip(params, states, strict=True)):
                 if not _is_left_alone(state):
+                    if elsewhere is not None:
+                        held = self.moments.held(parameter)
+                        consolidation.refuse_remains(held, state, elsewhere, "a handle attached anew")
                     self._check(number, index, parameter, state, state_dict.get(checkpoint.SHARDS_KEY))
         if state_dict[checkpoint.STEP_KEY] > 0:
             self._warn([number for number, _ in differing])

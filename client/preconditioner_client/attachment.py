@@ -54,6 +54,8 @@ class Attachment:
         self._consolidated: dict[str, Any] | None = None
         self._elsewhere_at: int | None = None
         """Step at which another rank got the whole."""
+        self._elsewhere = 0
+        """That rank."""
         self._restored = False
         """Whether the handle itself was loaded into since the last step."""
         self._hooks = [
@@ -126,7 +128,7 @@ class Attachment:
         if whole is not None:
             self._consolidated = {**own, "state": [whole["state"][i] for i in range(len(own["state"]))]}
         else:
-            self._elsewhere_at = self._engine.step
+            self._elsewhere_at, self._elsewhere = self._engine.step, to
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, in a new epoch.
@@ -134,10 +136,12 @@ class Attachment:
         The optimizer's own ``load_state_dict`` may come before or after it.
 
         Raises:
-            ValueError: it does not fit the optimizer's parameters; names the first that differs.
+            ValueError: it does not fit the optimizer's parameters; names the first that differs. Or it is
+                what a rank that was not named gave after :meth:`consolidate_state_dict`.
         """
         self._plan()
-        self._state.load(self._parameters(), state_dict)
+        elsewhere = self._elsewhere if self._elsewhere_at == self._engine.step else None
+        self._state.load(self._parameters(), state_dict, elsewhere)
         self._consolidated = self._elsewhere_at = None
         self._restored = True
 

@@ -226,7 +226,7 @@ def restore_blocks(
             "%d of %d blocks of this rank start with new statistics: the checkpoint has none of them, though "
             "their parameters were updated. A full state dict of torch.distributed.checkpoint "
             "(full_state_dict=True) keeps the blocks of rank 0 alone: save without full_state_dict, or call "
-            "consolidate_state_dict() on all ranks before get_optimizer_state_dict()",
+            "consolidate_state_dict(to=0) on all ranks before get_optimizer_state_dict()",
             lost,
             refresher.versions.size,
         )

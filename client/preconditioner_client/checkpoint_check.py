@@ -150,16 +150,21 @@ def check_state(
         for key in required:
             if key not in state:
                 # It would begin at 0 beside a step count that its bias correction takes for its own.
+                elsewhere = (
+                    "among shards only the rank that consolidate_state_dict(to=0) names has it, so load what "
+                    "that rank saved; else "
+                )
                 raise ValueError(
                     f"{name}: the checkpoint lacks {key!r}, which a parameter has after {int(state['step'])} "
-                    f"updates: {way_out}"
+                    f"updates: {elsewhere if int(shards or 1) > 1 else ''}{way_out}"
                 )
     for held in plan.rows[index]:
         if state and f"block.{held.key}.updates" not in state and not recut:
             raise ValueError(
                 f"{name}: the checkpoint lacks the block [{held.key}]. Either blocking or model changed "
                 f"since, or it is the state_dict() of one rank, which holds the blocks of that rank alone: "
-                f"call consolidate_state_dict() on all ranks before it, or use torch.distributed.checkpoint"
+                f"call consolidate_state_dict() on all ranks before it and save that of the rank it names "
+                f"(to=0), or use torch.distributed.checkpoint"
             )
         expected.update(_check_block(name, state, held))
     for key, value in state.items():

@@ -3,11 +3,13 @@
 Blocks travel one by one, straight from their owners, so that no other rank ever holds more than it keeps.
 
 Until the next step the other ranks then show no sharded tensors, see :func:`without_shards`, so that
-``torch.distributed.checkpoint`` finds every tensor whole on one rank or not at all.
+``torch.distributed.checkpoint`` finds every tensor whole on one rank or not at all. Its full state dict is
+what rank 0 shows, so it is whole only if that rank has the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,6 +73,28 @@ def without_shards(state: dict[str, Any]) -> dict[str, Any]:
     them for a full state dict would wait for the rank that has the whole, and does not take part.
     """
     return {key: value for key, value in state.items() if not is_dtensor(value)}
+
+
+def refuse_remains(held: Mapping[str, Any], state: Mapping[str, Any], rank: int, anew: str) -> None:
+    """Refuse what was loaded into the state that :func:`without_shards` left of a parameter's.
+
+    Args:
+        held: of the parameter, on this rank.
+        state: that is to be loaded.
+        rank: that has the whole.
+        anew: what a checkpoint can be loaded into, for the message.
+
+    Raises:
+        ValueError: it lacks the sharded tensors that are held.
+    """
+    lacks = any(is_dtensor(value) and key not in state for key, value in held.items())
+    # A parameter that has had no update may have been saved without them.
+    if lacks and state.get("step", 0) != 0:
+        raise ValueError(
+            f"the state dict has no sharded tensors: consolidate_state_dict(to={rank}) was called since the "
+            f"last step, and until the next one rank {rank} alone has them. Load what that rank saved; "
+            f"torch.distributed.checkpoint loads into the state dict of each rank, and needs {anew}"
+        )
 
 
 def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
 from preconditioner_client.agreement import settings_text
-from preconditioner_client.distribution import is_dtensor
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
@@ -37,9 +37,9 @@ class PreconditionedOptimizer(Optimizer):
         self._heavy_balls: list[bool] = []
         self._consolidated: dict[str, Any] | None = None
         self._consolidated_at = 0
-        # Whether another rank has the whole.
-        self._elsewhere = False
-        self._warned = False
+        self._elsewhere: int | None = None
+        """Another rank, which has the whole."""
+        self._warned = self._warned_of_rank_0 = False
         super().__init__(params, defaults)
         self._engine = make_engine()
 
@@ -83,8 +83,7 @@ class PreconditionedOptimizer(Optimizer):
                 loss = closure()
         self._take_cycled_momentum()
         engine = self._planned()
-        self._consolidated = None
-        self._elsewhere = False
+        self._consolidated = self._elsewhere = None
         gradients = [
             working_gradients(group, plan.names)
             for group, plan in zip(self.param_groups, engine.plans, strict=True)
@@ -152,7 +151,8 @@ class PreconditionedOptimizer(Optimizer):
             )
         checkpoint.write(self, engine)
         exported = checkpoint.exported(engine, super().state_dict())
-        if self._elsewhere:
+        if self._elsewhere is not None:
+            self._warn_of_rank_0(self._elsewhere)
             states = exported["state"].items()
             exported["state"] = {index: consolidation.without_shards(state) for index, state in states}
         return exported
@@ -166,7 +166,11 @@ class PreconditionedOptimizer(Optimizer):
         the whole, too, until the next step; to be saved, not to be loaded into.
 
         Args:
-            to: global rank that gets it.
+            to: global rank that gets it. 0 for a full state dict of torch (``full_state_dict=True``), which
+                is that of rank 0.
+
+        Raises:
+            ValueError: no rank of that number trains these parameters.
         """
         self._take_cycled_momentum()
         engine = self._planned()
@@ -174,7 +178,7 @@ class PreconditionedOptimizer(Optimizer):
         own = checkpoint.exported(engine, super().state_dict(), blocks=consolidation.receives(engine, to))
         self._consolidated = consolidation.collect(engine, own, to)
         self._consolidated_at = engine.step
-        self._elsewhere = self._consolidated is None
+        self._elsewhere = to if self._consolidated is None else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, in a new epoch: what an earlier life had under way is not adopted.
@@ -184,27 +188,34 @@ class PreconditionedOptimizer(Optimizer):
                 loaded into what this rank gave after :meth:`consolidate_state_dict`.
         """
         engine = self._planned()
-        if self._elsewhere:
-            self._refuse_remains(state_dict)
+        if self._elsewhere is not None:
+            self._refuse_remains(state_dict, self._elsewhere)
         checkpoint_check.check(self, engine, state_dict)
-        self._consolidated = None
-        self._elsewhere = False
+        self._consolidated = self._elsewhere = None
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
         self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]
         checkpoint.read(self, engine, state_dict)
 
-    def _refuse_remains(self, state_dict: dict[str, Any]) -> None:
-        """Refuse what was loaded into the state dict of a rank while another had the whole."""
+    def _refuse_remains(self, state_dict: dict[str, Any], rank: int) -> None:
+        """Refuse what was loaded into the state dict of this rank while another had the whole."""
         for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
             for parameter, identity in zip(group["params"], saved.get("params", ()), strict=False):
                 state = state_dict.get("state", {}).get(identity, {})
                 held = self.state.get(parameter, {})
-                if state and any(is_dtensor(value) and key not in state for key, value in held.items()):
-                    raise ValueError(
-                        "the state dict has no sharded tensors: consolidate_state_dict() was called since "
-                        "the last step, and until the next one another rank has them whole, so a checkpoint "
-                        "cannot be loaded into those of this rank: load it into an optimizer made anew"
-                    )
+                consolidation.refuse_remains(held, state, rank, "an optimizer made anew")
+
+    def _warn_of_rank_0(self, rank: int) -> None:
+        """What rank 0 shows is what torch and most frameworks save, and it is not known here who asks."""
+        if dist.get_rank() == 0 and not self._warned_of_rank_0:
+            self._warned_of_rank_0 = True
+            logger.warning(
+                "state_dict() of rank 0 is a part: consolidate_state_dict(to=%d) gave the whole to rank %d. "
+                "A full state dict of torch.distributed.checkpoint (full_state_dict=True) takes that of rank "
+                "0, and loses sharded tensors and the other ranks' blocks: for one, call "
+                "consolidate_state_dict(to=0) on all ranks",
+                rank,
+                rank,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

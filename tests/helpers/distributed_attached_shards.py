@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -180,6 +181,30 @@ def a_consolidated_state_is_saved_by_torch(folder):
     assert_same(resumed[0], run[0])
 
 
+def what_a_rank_gives_after_a_consolidation_is_refused_with_the_way_out(folder):
+    path = folder / "attached-before-a-consolidation"
+    run = trained(sharded(aligned, method="adam"), range(STOP))
+    dcp.save(parts(*run), checkpoint_id=path)
+    run[2].consolidate_state_dict()
+    torch.save(run[2].state_dict(), folder / f"attached-of-{dist.get_rank()}.pt")
+    dist.barrier()
+    whole, part = (torch.load(folder / f"attached-of-{rank}.pt", weights_only=True) for rank in range(2))
+    new = sharded(aligned, method="adam")[2]
+    with pytest.raises(
+        ValueError,
+        match=r"lacks 'second_moment', .* the rank that consolidate_state_dict\(to=0\) names has it",
+    ):
+        new.load_state_dict(part)
+    if dist.get_rank() == 0:
+        load(run, path)
+    else:
+        with pytest.raises(ValueError, match=r"rank 0 alone has them\. .* needs a handle attached anew"):
+            load(run, path)
+    for handle in (new, run[2]):
+        handle.load_state_dict(whole)
+        assert handle.metrics()["blocks_with_version"] == handle.metrics()["blocks"] > 0
+
+
 ON_TWO_RANKS = [
     the_weights_are_those_of_one_process,
     training_with_backward_and_clipping,
@@ -187,6 +212,7 @@ ON_TWO_RANKS = [
     groups_that_differ_or_are_left_alone,
     a_whole_state_loads_into_one_process_and_into_shards,
     a_consolidated_state_is_saved_by_torch,
+    what_a_rank_gives_after_a_consolidation_is_refused_with_the_way_out,
 ]
 ON_FOUR_RANKS = [
     the_weights_are_those_of_one_process,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -14,9 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed_training import assert_replicas_are_equal, on_all_ranks
-from kfac_models import Convolutional, Dense, Words, batch, loss_of, seeded, train
+from kfac_models import Convolutional, Dense, Experts, Words, batch, loss_of, seeded, train
 from live_tensors import Waiting, assert_is_bound, peaks_of_training
 from preconditioner_client import KFAC, BlockingConfig, DistributedConfig, LocalExchange, StalenessConfig
+from preconditioner_client.kfac.reduction import FactorReduction
 
 EVERY_STEP = StalenessConfig(refresh_every=1, max_staleness=1)
 SCHEDULED = StalenessConfig(refresh_every=3, adoption="scheduled", delay=4, max_staleness=10)
@@ -129,6 +131,36 @@ def a_replica_with_an_empty_batch_or_without_a_layer_is_none_to_warn_of(folder):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def an_owner_takes_the_factors_of_layers_that_only_others_used(folder):
+    """By number of examples; and none where nobody had any, or where hooks are passed by."""
+    model = seeded(Experts)
+    optimizer = make(model, factor_dtype=torch.float32)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    rank, asked, reduce = dist.get_rank(), set(), FactorReduction.reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FactorReduction, "reduce", lambda self, own, keys: asked.update(keys) or reduce(self, own, keys)
+        )
+        for step in range(8):
+            # A layer that nobody uses has a gradient all the same, of zeros.
+            optimizer.zero_grad(set_to_none=False)
+            parallel(*Experts.batch(step, rank), Experts.used(step, rank)).backward()
+            optimizer.step()
+            assert_replicas_are_equal(model)
+    # On an accelerator the host waits for an answer: it needs none where hooks are known to be passed by.
+    blocks = optimizer._planned().plans[0].blocks
+    names = {Experts.NAMES[blocks[position].member.parameter] for _, position in asked}
+    assert names == {"one", "two", "both", "seldom"}
+    optimizer.consolidate_state_dict()
+    states = optimizer.state_dict()["state"] if rank == 0 else {}
+    for index, state in states.items():
+        expected, updates = Experts.factors(Experts.NAMES[index], range(8))
+        assert state["block.0:4,0:4.updates"] == updates, Experts.NAMES[index]
+        for side, factor in enumerate(expected):
+            statistics = state[f"block.0:4,0:4.statistics.{side}"]
+            torch.testing.assert_close(statistics, factor, rtol=1e-5, atol=1e-6)
+
+
 class _Spoiled:
     """An optimizer whose layers have no usable factors in this step, on some ranks."""
 
@@ -147,7 +179,7 @@ class _Spoiled:
         self._optimizer.step()
 
 
-def a_consolidated_state_resumes_on_one_rank_and_on_all(folder):
+def a_consolidated_state_resumes_on_all_ranks(folder):
     settings = {"service": LocalExchange(2), "staleness": SCHEDULED}
     model = seeded(Convolutional)
     optimizer = make(model, **settings)
@@ -165,9 +197,39 @@ def a_consolidated_state_resumes_on_one_rank_and_on_all(folder):
     other.load_state_dict(saved["optimizer"])
     train_in_parts(resumed, other, range(8, 14))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-    single = make(seeded(Convolutional), distributed="off", **(settings | {"service": LocalExchange(2)}))
-    single.load_state_dict(saved["optimizer"])
-    assert single.metrics()["blocks_with_version"] == 3
+
+
+def another_number_of_ranks_trains_on_as_if_uninterrupted(folder):
+    """One rank from the state of two, and two from that of one: as near as sums in another order are."""
+    training = {"auto": train_in_parts, "off": train}
+
+    def begin(kind, distributed):
+        model = seeded(kind)
+        if kind is Convolutional:
+            # In training every replica normalises by its own part of the batch.
+            model[1].eval()
+        settings = {"service": LocalExchange(2), "staleness": SCHEDULED, "factor_dtype": torch.float32}
+        return model, make(model, distributed=distributed, damping=0.1, **settings)
+
+    for kind in (Words, Convolutional):
+        for before, after in (("auto", "off"), ("off", "auto")):
+            model, optimizer = begin(kind, before)
+            training[before](model, optimizer, range(10))
+            optimizer.consolidate_state_dict()
+            path = folder / f"whole-{before}.pt"
+            if dist.get_rank() == 0:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+            dist.barrier()
+            saved = torch.load(path, weights_only=True)
+            resumed, other = begin(kind, after)
+            resumed.load_state_dict(saved["model"])
+            other.load_state_dict(saved["optimizer"])
+            assert other.metrics()["blocks_with_version"] == other.metrics()["blocks"] > 0
+            start = copy.deepcopy(model)
+            training[before](model, optimizer, range(10, 20))
+            training[after](resumed, other, range(10, 20))
+            assert furthest(start, model) > 0.01
+            assert furthest(model, resumed) < 1e-6, (before, furthest(model, resumed))
 
 
 def torch_saves_and_loads_the_parts_of_all_ranks(folder):
@@ -233,7 +295,9 @@ SCENARIOS = [
     layers_have_one_owner_and_replicas_stay_the_same,
     a_replica_without_a_batch_of_a_layer_stays_the_same,
     a_replica_with_an_empty_batch_or_without_a_layer_is_none_to_warn_of,
-    a_consolidated_state_resumes_on_one_rank_and_on_all,
+    an_owner_takes_the_factors_of_layers_that_only_others_used,
+    a_consolidated_state_resumes_on_all_ranks,
+    another_number_of_ranks_trains_on_as_if_uninterrupted,
     torch_saves_and_loads_the_parts_of_all_ranks,
     memory_of_owners_is_as_the_formula_has_it,
     sharded_layers_are_refused,

@@ -1,4 +1,4 @@
-"""Scenarios of checkpoints of shards: by torch, consolidated, and in full state dicts."""
+"""Scenarios of checkpoints of shards: by torch, and consolidated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distributed_training import (
     gradient,
-    make_optimizer,
     on_all_ranks,
     set_gradients,
 )
@@ -187,70 +186,6 @@ def moments_are_resharded_exactly(folder):
             assert torch.equal(whole(optimizer.state[p][key]), reference.state[q][key])
 
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
-def resumed_from_full(make, state, weights):
-    """A new model and optimizer from a full state dict on rank 0, and what was logged meanwhile."""
-    model, optimizer = make()
-    for p, value in zip(model.parameters(), weights, strict=True):
-        p.data.copy_(
-            distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
-        )
-    with Warnings() as log:
-        set_optimizer_state_dict(model, optimizer, state if dist.get_rank() == 0 else {}, options=BROADCAST)
-    return model, optimizer, log.messages
-
-
-def replicas():
-    model = aligned()
-    return model, make_optimizer(model)
-
-
-def whole_state_by_torch(folder):
-    """A full state dict on rank 0, as torch gathers it: moments are whole, blocks are rank 0's."""
-    for make in (lambda: sharded(aligned), replicas):
-        model, optimizer = make()
-        train(model, optimizer, range(STOP))
-        with Warnings() as log:
-            state = get_optimizer_state_dict(model, optimizer, options=FULL)
-        # DTensors are gathered without a warning, so only of replicas it is known that parts will lack.
-        assert ["full_state_dict" in message for message in log.messages] == [True] * (make is replicas)
-        assert not any(isinstance(v, DTensor) for s in state.get("state", {}).values() for v in s.values())
-        weights = [whole(p).detach().clone() for p in model.parameters()]
-        other, resumed, logged = resumed_from_full(make, state, weights)
-        assert resumed.metrics()["step"] == STOP
-        if dist.get_rank() == 0:
-            assert not logged
-            assert resumed.metrics()["blocks_with_version"] == resumed.metrics()["blocks"]
-        else:
-            blocks = resumed.metrics()["blocks"]
-            (warning,) = logged
-            assert warning.startswith(f"{blocks} of {blocks} blocks of this rank start with new statistics")
-            assert "full_state_dict" in warning
-            assert "consolidate_state_dict()" in warning
-        train(other, resumed, range(STOP, END))
-
-
-def a_consolidated_state_is_whole_in_a_full_state_dict_of_torch(folder):
-    for make in (lambda: sharded(aligned), replicas):
-        model, optimizer = make()
-        train(model, optimizer, range(STOP))
-        weights = [whole(p).detach().clone() for p in model.parameters()]
-        optimizer.consolidate_state_dict()
-        # Asking does not change what the next one is told.
-        for _ in range(2):
-            state = get_optimizer_state_dict(model, optimizer, options=FULL)
-        other, resumed, logged = resumed_from_full(make, state, weights)
-        assert not logged
-        train(model, optimizer, range(STOP, END))
-        train(other, resumed, range(STOP, END))
-        assert_same(other, model)
-
-
 def a_consolidated_state_is_saved_by_torch(folder):
     model, optimizer = sharded(uneven)
     train(model, optimizer, range(STOP))
@@ -274,7 +209,10 @@ def what_a_rank_gives_after_a_consolidation_is_not_loaded_into(folder):
     if dist.get_rank() == 0:
         load(model, optimizer, path)
     else:
-        with pytest.raises(ValueError, match=r"consolidate_state_dict\(\) was called since the last step"):
+        with pytest.raises(
+            ValueError,
+            match=r"consolidate_state_dict\(to=0\) was called since .* needs an optimizer made anew",
+        ):
             load(model, optimizer, path)
 
 

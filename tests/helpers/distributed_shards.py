@@ -9,9 +9,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from distributed_full_states import (
+    a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
+    a_full_state_dict_of_torch_without_the_whole_on_rank_0_is_warned_of,
+    whole_state_by_torch,
+)
 from distributed_shard_checkpoints import (
     a_consolidated_state_is_saved_by_torch,
-    a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
     a_consolidated_state_of_shards_loads_everywhere,
     a_part_of_other_shards_is_refused_by_name,
     another_number_of_ranks_keeps_what_it_can,
@@ -20,7 +24,6 @@ from distributed_shard_checkpoints import (
     shards_of_replicas_resume_bit_for_bit,
     shards_resume_bit_for_bit_with_torch,
     what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
-    whole_state_by_torch,
 )
 from distributed_training import (
     EAGER,
@@ -317,6 +320,7 @@ ON_TWO_RANKS = [
     a_part_of_other_shards_is_refused_by_name,
     whole_state_by_torch,
     a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
+    a_full_state_dict_of_torch_without_the_whole_on_rank_0_is_warned_of,
     a_consolidated_state_is_saved_by_torch,
     what_a_rank_gives_after_a_consolidation_is_not_loaded_into,
     parameters_without_gradients_have_lost_no_statistics,

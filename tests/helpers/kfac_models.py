@@ -51,6 +51,50 @@ class Words(nn.Module):
         return self.output(torch.tanh(self.table(indices) + self.offset))
 
 
+class Experts(nn.Module):
+    """Layers of which each rank uses some, in every step others; ``aside`` without a call of its module."""
+
+    NAMES = ("one", "two", "both", "seldom", "aside")
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in self.NAMES})
+
+    @staticmethod
+    def used(step, rank):
+        turns = {"one": (step + rank) % 2 == 0, "two": (step + rank) % 2 == 1, "seldom": step in (1, 2)}
+        return [name for name in Experts.NAMES if turns.get(name, True)]
+
+    @staticmethod
+    def factors(name, steps, beta=0.95):
+        """``G`` and ``A`` of a layer from the examples of two ranks, and the number of steps that had any."""
+        factors, updates = [torch.zeros(4, 4), torch.zeros(4, 4)], 0
+        for step in steps:
+            parts = [Experts.batch(step, rank) for rank in range(2) if name in Experts.used(step, rank)]
+            inputs, gradients = (torch.cat([torch.empty(0, 4), *(p[i] for p in parts)]) for i in range(2))
+            if len(inputs) and name != "aside":
+                new = [side.mT @ side / len(inputs) for side in (gradients, inputs)]
+                factors = [torch.lerp(old, x, 1 - beta) for old, x in zip(factors, new, strict=True)]
+                updates += 1
+        return factors, updates
+
+    @staticmethod
+    def batch(step, rank):
+        """Inputs, and gradients of each example's loss by every layer's outputs; one rank may have none."""
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        size = 0 if (step, rank) in ((3, 0), (4, 1)) else 5 - 3 * rank
+        return torch.randn(2, size, 4, generator=generator).unbind(0)
+
+    def forward(self, inputs, gradients, names):
+        """The mean loss, which is linear in the outputs, so that no factor depends on the weights."""
+        total = 0.0
+        for name in names:
+            layer = self.layers[name]
+            outputs = F.linear(inputs, layer.weight) if name == "aside" else layer(inputs)
+            total = total + (outputs * gradients).sum()
+        return total / max(1, len(inputs))
+
+
 def seeded(make, seed=0):
     torch.manual_seed(seed)
     return make()

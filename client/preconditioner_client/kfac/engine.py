@@ -202,17 +202,14 @@ class LayerEngine(Engine):
     def _accumulate(self, gradients: Sequence[MaybeTensors], guard: Guard | None) -> None:
         """Fold the factors of the step's batches into the statistics of their owners."""
         due = [self.step % plan.settings.statistics.every == 0 for plan in self.plans]
-        found = self._batch_factors(gradients, due)
+        found, lacking = self._batch_factors(gradients, due)
+        averaged: Mapping[Key, Sequence[torch.Tensor]]
         if any(due) and self.ranks.replicas > 1 and any(plan.blocks for plan in self.plans):
             reduction = self._reducing()
             self._factor_bytes += reduction.bytes_per_step
-            reduced = reduction.reduce(found)
-            averaged: dict[Key, Sequence[torch.Tensor]] = {
-                key: reduced[key] for key in found if key in reduced
-            }
+            averaged = reduction.reduce(found, lacking)
         else:
-            # Batches may have been empty.
-            averaged = {key: [side / n for side in sides] for key, (n, sides) in found.items() if n}
+            averaged = {key: [side / n for side in sides] for key, (n, sides) in found.items()}
         for number, plan in enumerate(self.plans):
             if due[number]:
                 self._fold(number, plan, averaged, guard)
@@ -225,19 +222,31 @@ class LayerEngine(Engine):
         self._recorder.layers.forget_batches()
         self._recorder.report_missed(self._place)
 
-    def _batch_factors(self, gradients: Sequence[MaybeTensors], due: Sequence[bool]) -> dict[Key, Weighted]:
-        """What this rank's batches bring for each block, whoever owns it."""
+    def _batch_factors(
+        self, gradients: Sequence[MaybeTensors], due: Sequence[bool]
+    ) -> tuple[dict[Key, Weighted], set[Key]]:
+        """What this rank's batches bring for each block, whoever owns it; and of which others may have some.
+
+        A rank that did not use a layer, or had an empty batch for it, has a gradient of the others' batches,
+        and only they know if hooks recorded those. On an accelerator the host waits to hear it, but only
+        then; ``DistributedDataParallel`` waits in the same steps, to find parameters that were not used.
+        """
         found: dict[Key, Weighted] = {}
+        lacking: set[Key] = set()
         for number, plan in enumerate(self.plans):
             if not due[number]:
                 continue
             for position, block in enumerate(plan.blocks):
                 index = block.member.parameter
-                factors = self._by_weight[self._groups[number][index]].factors
-                if factors is not None and gradients[number][index] is not None:
-                    sides = sides_of(block.member.place, factors.output, factors.input)
-                    found[number, position] = (factors.examples, sides)
-        return found
+                if gradients[number][index] is None:
+                    continue
+                layer = self._by_weight[self._groups[number][index]]
+                if layer.factors is not None and layer.factors.examples:
+                    sides = sides_of(block.member.place, layer.factors.output, layer.factors.input)
+                    found[number, position] = (layer.factors.examples, sides)
+                elif not self._recorder.is_passed_by(layer):
+                    lacking.add((number, position))
+        return found, lacking
 
     def _fold(
         self,

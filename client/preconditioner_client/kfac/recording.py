@@ -54,6 +54,13 @@ class Recorder:
         }
         self._warned = False
 
+    def is_passed_by(self, layer: Layer) -> bool:
+        """Whether this rank used the weight since the last step, and the hooks were not called, now or ever.
+
+        They are not called on the other ranks then, either, as these run the same code.
+        """
+        return layer.name in self._missed and layer.name not in self._heard
+
     def report_missed(self, trained: Container[torch.Tensor]) -> None:
         """Log once which layers had gradients since the last step, but nothing recorded, now or ever.
 

@@ -11,7 +11,7 @@ is off by at most u times itself (u = 2^-11 in float16, 2^-8 in bfloat16), so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from preconditioner_client.distribution import Ranks
 from preconditioner_client.plan import GroupPlan, PlannedBlock
 from preconditioner_client.stack import upper_of
 
-Weighted = tuple[float | torch.Tensor, Sequence[torch.Tensor]]
-"""The number of examples, and a block's factors summed over them, one for each side."""
+Weighted = tuple[float, Sequence[torch.Tensor]]
+"""The number of examples, > 0, and a block's factors summed over them, one for each side."""
 
 Key = tuple[int, int]
 """Number of the group, position of the block among the group's blocks."""
@@ -53,37 +53,49 @@ class FactorReduction:
         """What this replica sends to the others in a reduction."""
         return (self._ranks.replicas - 1) * self._part
 
-    def reduce(self, own: Mapping[Key, Weighted]) -> dict[Key, list[torch.Tensor]]:
+    def reduce(
+        self, own: Mapping[Key, Weighted], asked: Container[Key] = ()
+    ) -> dict[Key, list[torch.Tensor]]:
         """Average the factors of all replicas. Collective.
 
         Args:
-            own: of this replica's batches; a block without any is left out.
+            own: of this replica's batches; a block without any examples is left out.
+            asked: blocks that others may have examples of though this replica has none. If it owns one of
+                them, the host waits for the answer.
 
         Returns:
-            For each block that this replica owns its averaged factors; NaN where no replica had any, or all
-            batches were empty.
+            For each block that this replica owns its averaged factors, if it or, where asked, another replica
+            has examples of it.
         """
         for replica, owned in enumerate(self._owned):
             self._fill(self._sent[replica], owned, own)
         dist.all_to_all_single(self._received.view(-1), self._sent.view(-1), group=self._ranks.replica_group)
         head, payload = self._views(self._received)
+        places = list(_places(self._owned[self._ranks.replica]))
+        open_ones = {key: at for key, _, at, _ in places if key not in own and key in asked}
+        others = _having_examples(head, open_ones) if open_ones else ()
         result: dict[Key, list[torch.Tensor]] = {}
-        at = begin = 0
-        for key, block in self._owned[self._ranks.replica]:
-            examples = head[:, at].sum()
-            at += 1
-            sides = []
-            for n in block.sides:
-                length = n * (n + 1) // 2
-                packed = payload[:, begin : begin + length].to(torch.float32) * head[:, at : at + 1]
-                # Entries beside the diagonal count twice; those on it at most.
-                norms = packed.norm(dim=1).sum() * 2**0.5
-                average = _unpacked(packed.sum(0) / examples, n)
-                average.diagonal().add_(norms * (torch.finfo(self._dtype).eps / 2) / examples)
-                sides.append(average)
-                at, begin = at + 1, begin + length
-            result[key] = sides
+        for key, block, at, begin in places:
+            if key in own or key in others:
+                result[key] = self._averages(head, payload, block, at, begin)
         return result
+
+    def _averages(
+        self, head: torch.Tensor, payload: torch.Tensor, block: PlannedBlock, at: int, begin: int
+    ) -> list[torch.Tensor]:
+        examples = head[:, at].sum()
+        sides = []
+        for number, n in enumerate(block.sides):
+            length = n * (n + 1) // 2
+            scale = head[:, at + 1 + number, None]
+            packed = payload[:, begin : begin + length].to(torch.float32) * scale
+            # Entries beside the diagonal count twice; those on it at most.
+            norms = packed.norm(dim=1).sum() * 2**0.5
+            average = _unpacked(packed.sum(0) / examples, n)
+            average.diagonal().add_(norms * (torch.finfo(self._dtype).eps / 2) / examples)
+            sides.append(average)
+            begin += length
+        return sides
 
     def _fill(
         self, row: torch.Tensor, owned: Sequence[tuple[Key, PlannedBlock]], own: Mapping[Key, Weighted]
@@ -91,23 +103,20 @@ class FactorReduction:
         head, payload = (view[0] for view in self._views(row.unsqueeze(0)))
         head.zero_()
         payload.zero_()
-        at = begin = 0
-        for key, block in owned:
-            if key in own:
-                examples, sides = own[key]
-                head[at] = examples
-                for number, (side, n) in enumerate(zip(sides, block.sides, strict=True)):
-                    packed = side.reshape(-1)[upper_of(n, self._device)]
-                    largest = packed.abs().max()
-                    # A factor of zeros has no scale.
-                    scale = torch.where(largest > 0, largest, 1.0)
-                    head[at + 1 + number] = scale
-                    length = n * (n + 1) // 2
-                    payload[begin : begin + length] = packed / scale
-                    begin += length
-            else:
-                begin += sum(n * (n + 1) // 2 for n in block.sides)
-            at += 1 + len(block.sides)
+        for key, block, at, begin in _places(owned):
+            if key not in own:
+                continue
+            examples, sides = own[key]
+            head[at] = examples
+            for number, (side, n) in enumerate(zip(sides, block.sides, strict=True)):
+                packed = side.reshape(-1)[upper_of(n, self._device)]
+                largest = packed.abs().max()
+                # A factor of zeros has no scale.
+                scale = torch.where(largest > 0, largest, 1.0)
+                head[at + 1 + number] = scale
+                length = n * (n + 1) // 2
+                payload[begin : begin + length] = packed / scale
+                begin += length
 
     def _views(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of examples and scales, (replicas, ..) float32; and triangles, (replicas, ..)."""
@@ -130,6 +139,23 @@ def _owned(plans: Sequence[GroupPlan], ranks: Ranks) -> list[list[tuple[Key, Pla
         for position, block in enumerate(plan.blocks):
             owned[block.replica].append(((group, position), block))
     return owned
+
+
+def _places(
+    owned: Sequence[tuple[Key, PlannedBlock]],
+) -> Iterator[tuple[Key, PlannedBlock, int, int]]:
+    """Each block, where its number of examples stands in the head, and its first triangle in the rest."""
+    at = begin = 0
+    for key, block in owned:
+        yield key, block, at, begin
+        at += 1 + len(block.sides)
+        begin += sum(n * (n + 1) // 2 for n in block.sides)
+
+
+def _having_examples(head: torch.Tensor, at: Mapping[Key, int]) -> set[Key]:
+    """The blocks that any replica has examples of, given where their numbers stand."""
+    counts: list[float] = torch.stack([head[:, place].sum() for place in at.values()]).tolist()
+    return {key for key, count in zip(at, counts, strict=True) if count > 0}
 
 
 def _lengths(owned: Sequence[Sequence[tuple[Key, PlannedBlock]]], dtype: torch.dtype) -> tuple[int, int]:
