@@ -7,33 +7,28 @@ import os
 import socket
 import threading
 import time
-from dataclasses import replace
 
-import grpc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import distributed_service_runs as runs
 from distributed_attached_shards import alone, assert_resumes, assert_same, trained
+from distributed_kfac import SCHEDULED, own_part
 from distributed_scaler import assert_skipped_by_all
 from distributed_training import (
-    SCHEDULED,
     assert_replicas_are_equal,
+    make_attached,
     make_model,
     make_optimizer,
     on_all_ranks,
-    train,
-    weights,
 )
+from given_service import ADDRESS, given_service, scheduled, status_of
 from kfac_models import Convolutional, seeded
 from kfac_models import train as train_kfac
-from preconditioner_client import KFAC, LocalExchange, ServiceConfig, StalenessConfig
-from preconditioner_protos.v1 import preconditioner_pb2 as pb
-from preconditioner_protos.v1 import preconditioner_pb2_grpc as rpc
-from service_process import TOKEN
+from preconditioner_client import KFAC, LocalExchange, StalenessConfig
+from preconditioner_client.adapters import metrics_source
 from sharded_training import END, aligned
-
-ADDRESS = "TEST_SERVICE_ADDRESS"
 
 
 class Proxy:
@@ -78,77 +73,110 @@ class Proxy:
             sink.shutdown(socket.SHUT_RDWR)
 
 
-def until(condition, model, optimizer, seconds=40):
-    """Train until all ranks' metrics fulfil the condition; replicas are compared at every step."""
-    began = time.monotonic()
-    while True:
-        train(model, optimizer, [optimizer.metrics()["step"]])
-        assert_replicas_are_equal(model)
-        told = on_all_ranks((optimizer.metrics(), time.monotonic() - began))
-        if condition([metrics for metrics, _ in told]):
-            return
-        # By one rank's clock, so that all stop together.
-        assert told[0][1] < seconds, f"not within {seconds} s: {told}"
+class Replica:
+    """This rank's part of a training under DistributedDataParallel, with a batch of its own in every step.
+
+    Args:
+        optimizer: of the model.
+        model: the same on all ranks.
+    """
+
+    def __init__(self, model, optimizer):
+        self.optimizer = optimizer
+        self.source = metrics_source(optimizer)
+        self._model = model
+        self._module = DistributedDataParallel(model)
+        self._generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step(self):
+        """One step; then all replicas are compared."""
+        x = torch.randn(8, 12, generator=self._generator)
+        self.optimizer.zero_grad()
+        self._module(x).sub(x[:, :8]).square().mean().backward()
+        self.optimizer.step()
+        assert_replicas_are_equal(self._model)
+
+    def until(self, condition, seconds=40):
+        """Train until all ranks' metrics, by rank, fulfil the condition."""
+        began = time.monotonic()
+        while True:
+            self.step()
+            told = on_all_ranks((self.source.metrics(), time.monotonic() - began))
+            if condition([metrics for metrics, _ in told]):
+                return
+            # By one rank's clock, so that all stop together.
+            assert told[0][1] < seconds, f"not within {seconds} s: {told}"
+
+    def adopted(self):
+        """Versions by rank, until now."""
+        return on_all_ranks(self.source.metrics()["versions_adopted"])
+
+
+BLOCKS = 14
+"""Of the model, on one rank or on all together."""
 
 
 def one_rank_loses_its_connection(folder):
+    """Versions are adopted as they come, on every rank those of its own blocks."""
     proxy = Proxy(os.environ[ADDRESS])
     address = proxy.address if dist.get_rank() == 1 else os.environ[ADDRESS]
-    model = make_model()
-    optimizer = make_optimizer(
-        model,
-        lr=1e-4,
-        staleness=StalenessConfig(refresh_every=3, max_staleness=100_000),
-        service=ServiceConfig(address=address, token=TOKEN),
-    )
+    staleness = StalenessConfig(refresh_every=3, max_staleness=100_000)
+    settings = {"staleness": staleness, "service": given_service(address)}
+    for kind in ("shampoo", "attached"):
+        model, job = make_model(), f"lost-{kind}-on-{dist.get_world_size()}"
+        if kind == "shampoo":
+            optimizer = make_optimizer(model, lr=1e-4, job=job, **settings)
+        else:
+            optimizer, _ = make_attached(model, job=job, **settings)
+        assert_replicas_are_bit_identical(Replica(model, optimizer), job, proxy)
+
+
+def assert_replicas_are_bit_identical(replica, job, proxy):
+    """Before, while and after rank 1 is without the service."""
     try:
-        until(lambda told: all(m["versions_adopted"] >= 20 for m in told), model, optimizer)
+        replica.until(lambda told: all(m["versions_adopted"] >= 20 for m in told))
+        told = on_all_ranks(replica.source.metrics())
         if dist.get_rank() == 0:
-            check_status(optimizer.metrics()["epoch"])
+            # The service knows one job, whose ranks are all there in one epoch.
+            status = status_of(job)
+            assert (status.epoch, status.ranks) == (told[0]["epoch"], dist.get_world_size())
+            assert status.blocks == BLOCKS
+        blocks = [metrics["blocks"] for metrics in told]
+        assert sum(blocks) == BLOCKS
+        assert min(blocks) > 0
+        assert [metrics["blocks_with_version"] for metrics in told] == blocks
         if dist.get_rank() == 1:
             proxy.cut()
-        until(lambda told: not told[1]["connected"], model, optimizer)
-        began = on_all_ranks(optimizer.metrics()["versions_adopted"])
-        until(lambda told: told[0]["versions_adopted"] >= began[0] + 20, model, optimizer)
-        lost = on_all_ranks(optimizer.metrics()["versions_adopted"])
-        assert lost[1] <= began[1] + optimizer.metrics()["blocks"]
+        replica.until(lambda told: not told[1]["connected"])
+        began = replica.adopted()
+        replica.until(lambda told: all(m["versions_adopted"] >= n + 20 for m, n in others(told, began)))
+        lost = replica.adopted()
+        assert lost[1] <= began[1] + blocks[1]
         proxy.restore()
-        until(lambda told: told[1]["versions_adopted"] >= lost[1] + 20, model, optimizer)
-        assert on_all_ranks(optimizer.metrics()["connections"])[1] >= 2
-        assert on_all_ranks(optimizer.metrics()["waits"]) == [0] * dist.get_world_size()
+        replica.until(lambda told: told[1]["versions_adopted"] >= lost[1] + 20)
+        assert on_all_ranks(replica.source.metrics()["connections"])[1] >= 2
+        assert on_all_ranks(replica.source.metrics()["waits"]) == [0] * dist.get_world_size()
     finally:
-        optimizer.close()
+        proxy.restore()
+        replica.source.close()
 
 
-def check_status(epoch):
-    """The service knows one job, whose ranks are all there in one epoch."""
-    with grpc.insecure_channel(os.environ[ADDRESS]) as channel:
-        stub = rpc.PreconditionerServiceStub(channel)
-        metadata = [("authorization", f"Bearer {TOKEN}")]
-        jobs = stub.GetStatus(pb.GetStatusRequest(), metadata=metadata, timeout=10).jobs
-    assert [(job.epoch, job.ranks) for job in jobs] == [(epoch, dist.get_world_size())]
+def others(told, began):
+    """What the other ranks tell, with what each began with."""
+    return [pair for rank, pair in enumerate(zip(told, began, strict=True)) if rank != 1]
 
 
-def scheduled():
-    """Settings with which no bit depends on when what arrives."""
-    schedule = replace(SCHEDULED, stale_timeout=30)
-    return {"staleness": schedule, "service": ServiceConfig(address=os.environ[ADDRESS], token=TOKEN)}
-
-
-def scheduled_runs_give_the_bits_of_one_process(folder):
-    runs = []
-    for distributed in ("auto", "off"):
-        model = make_model()
-        optimizer = make_optimizer(model, distributed=distributed, **scheduled())
-        try:
-            train(model, optimizer, range(24))
-            assert optimizer.metrics()["wait_timeouts"] == 0
-            assert optimizer.metrics()["versions_adopted"] > 0
-        finally:
-            optimizer.close()
-        runs.append(weights(model))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert_replicas_are_equal(model)
+def no_bit_depends_on_lost_connections(folder):
+    """On a schedule: what was under way at rank 1 is offered again, and waited for."""
+    proxy = Proxy(os.environ[ADDRESS])
+    run = runs.Run("shampoo", address=proxy.address if dist.get_rank() == 1 else None)
+    for step in range(runs.END):
+        run.train([step])
+        if step % 5 == 4:
+            proxy.cut()
+            proxy.restore()
+    runs.assert_same(run.finish(), runs.of_one_process(folder, "shampoo"))
+    assert on_all_ranks(run.source.metrics()["connections"] > 1)[1]
 
 
 def a_scaler_skips_what_is_infinite_on_one_rank(folder):
@@ -163,29 +191,33 @@ def an_attached_preconditioner_of_shards_resumes(folder):
     single[2].close()
 
 
-def kfac_on_both_ranks(folder):
-    """The same service inverts factors, and gives what is inverted in process."""
-    schedule = StalenessConfig(refresh_every=3, adoption="scheduled", delay=4, max_staleness=10)
+def kfac_trains_as_with_inverses_in_process(folder):
     models = seeded(Convolutional), seeded(Convolutional)
-    service = ServiceConfig(address=os.environ[ADDRESS], token=TOKEN)
-    for model, exchange in zip(models, (service, LocalExchange(4)), strict=True):
-        optimizer = KFAC(model, lr=1e-2, service=exchange, staleness=schedule, job="kfac")
-        size = 16 // dist.get_world_size()
-        part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
-        train_kfac(DistributedDataParallel(model), optimizer, range(20), kind=model, part=part)
+    for model, exchange in zip(models, (given_service(), LocalExchange(4)), strict=True):
+        optimizer = KFAC(model, lr=1e-2, service=exchange, staleness=SCHEDULED)
+        train_kfac(DistributedDataParallel(model), optimizer, range(20), kind=model, part=own_part())
         assert_replicas_are_equal(model)
         metrics = optimizer.metrics()
-        assert metrics["versions_adopted"] >= 4 * metrics["blocks"] > 0
+        # There are fewer layers than four ranks.
+        assert metrics["versions_adopted"] >= 4 * metrics["blocks"]
+        assert sum(on_all_ranks(metrics["blocks"])) == 3
         assert metrics["refused"] == metrics["late_adoptions"] == 0
         optimizer.close()
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-SCENARIOS = [
+ON_TWO_RANKS = [
     one_rank_loses_its_connection,
-    scheduled_runs_give_the_bits_of_one_process,
+    no_bit_depends_on_lost_connections,
     a_scaler_skips_what_is_infinite_on_one_rank,
     an_attached_preconditioner_of_shards_resumes,
-    kfac_on_both_ranks,
+    kfac_trains_as_with_inverses_in_process,
+    *runs.ON_TWO_RANKS,
 ]
+ON_FOUR_RANKS = [
+    one_rank_loses_its_connection,
+    kfac_trains_as_with_inverses_in_process,
+    *runs.ON_FOUR_RANKS,
+]
+SCENARIOS = [*ON_TWO_RANKS, *(s for s in ON_FOUR_RANKS if s not in ON_TWO_RANKS)]
