@@ -258,13 +258,14 @@ def _goals(results: Results) -> Iterator[str]:
     outcome = f"**reached** on {'; '.join(reached)}" if reached else "not reached" if arms else "not run"
     yield f"N = {N_GOAL} holds in A(N) with the published settings on at least one valid task: {outcome}"
     for arm in arms:
+        digits = arm.part.decimals
         yield f"{arm.task}. {verdict_on(arm.part)}"
         for row in arm.part.tested:
             if row.n == N_GOAL and row.verdict is not None and row.difference is not None:
                 yield (
                     f"{arm.task}. A({N_GOAL}): {row.verdict.value} ({row.reason}); final loss "
-                    f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}] against a margin of "
-                    f"±{arm.part.margin:.4f}"
+                    f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}] against a "
+                    f"margin of ±{arm.part.margin:.{digits}f}"
                 )
         yield from (f"{arm.task}. {late.describe()}" for late in arm.part.late_starts)
 

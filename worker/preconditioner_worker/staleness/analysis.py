@@ -138,6 +138,11 @@ class Part(Record):
         return tuple(row for row in self.rows if row.n != 1)
 
     @property
+    def decimals(self) -> int:
+        """Of losses in a report: four, or as many as show two digits of the margin."""
+        return max(4, 1 - math.floor(math.log10(self.margin))) if self.margin > 0 else 4
+
+    @property
     def largest_that_holds(self) -> int | None:
         """The last N that holds before the first that does not; None without one, or if the task is void."""
         holding = list(takewhile(lambda row: row.verdict is Verdict.HOLDS, self.tested))

@@ -124,7 +124,7 @@ class StalenessTune(_Options):
         settings = TASKS[self.task].settings
         for tuning in tune(self.optimizers, settings, self.output, processes=self.jobs, console=console):
             trials = ", ".join(
-                f"{t.lr:g}: {'diverged' if t.final_loss is None else f'{t.final_loss:.4f}'}"
+                f"{t.lr:g}: {'diverged' if t.final_loss is None else f'{t.final_loss:.5f}'}"
                 for t in tuning.trials
             )
             console.print(f"{tuning.optimizer}: {tuning.best:g} of {trials}", highlight=False, soft_wrap=True)

@@ -44,7 +44,7 @@ def execute(
 
     def end(run: StudyRun) -> str:
         done(run)
-        return f"{'diverged' if run.diverged else f'{run.metric}: {run.final_loss:.4f}'}, {run.seconds:.0f} s"
+        return f"{'diverged' if run.diverged else f'{run.metric}: {run.final_loss:.5f}'}, {run.seconds:.0f} s"
 
     works = [
         parallel.Work(job.spec.key, settings.steps, partial(train, job.spec, settings, job.lr))

@@ -84,7 +84,13 @@ def _loss_against_n(figure: Figure, analysis: Analysis, part: Part) -> None:
         spread = np.where(np.isfinite([middle - low, high - middle]), [middle - low, high - middle], 0.0)
         axis.errorbar([row.n or 0 for row in rows], middle, yerr=spread, fmt="o", color=COLOURS[2], capsize=5,
                       label=f"{part.kind.value}(N) - {part.kind.value}(1), 90% interval")  # fmt: skip
-    axis.axhspan(-part.margin, part.margin, color=COLOURS[3], alpha=0.18, label=f"margin ±{part.margin:.4f}")
+    axis.axhspan(
+        -part.margin,
+        part.margin,
+        color=COLOURS[3],
+        alpha=0.18,
+        label=f"margin ±{part.margin:.{part.decimals}f}",
+    )
     axis.axhline(0, color="0.4", linewidth=1)
     one = next(row for row in part.rows if row.n == 1)
     controls = [row for row in (*part.controls, *analysis.optimizers) if np.isfinite(row.final_loss)]

@@ -32,11 +32,11 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 
-_REGRESSION = (0.1, 0.2, 0.4, 0.8, 1.6)
+_REGRESSION = (0.05, 0.1, 0.2, 0.4, 0.8)
 TASK_GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "regression": {
-        "adamw": (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
-        "adagrad": (3e-2, 0.1, 0.3, 1.0, 3.0),
+        "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+        "adagrad": (3e-2, 0.1, 0.3, 1.0),
         "diagonal": _REGRESSION,
         "shampoo-sum-grafted": _REGRESSION,
         "shampoo-ema-grafted": _REGRESSION,

@@ -72,11 +72,18 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
     ]
     for part in analysis.parts:
         lines += _part(part, settings.steps)
+    decimals = max((part.decimals for part in analysis.parts), default=4)
     lines += ["## Without Shampoo", ""]
     lines += table(
         ("optimizer", "seeds", "learning rate", "final loss", "deviation"),
         [
-            (NAMES[row.method], str(row.seeds), f"{row.lr:g}", _loss(row.final_loss), _loss(row.deviation))
+            (
+                NAMES[row.method],
+                str(row.seeds),
+                f"{row.lr:g}",
+                _loss(row.final_loss, decimals),
+                _loss(row.deviation, decimals),
+            )
             for row in analysis.optimizers
         ],
     )
@@ -107,12 +114,13 @@ def headline(part: Part) -> str:
 
 
 def _part(part: Part, steps: int) -> list[str]:
-    kind = part.kind.value
+    kind, decimals = part.kind.value, part.decimals
     lines = [f"## {headline(part)}", ""]
     if part.gap is not None:
         lines += [
-            f"Gap from the grafted diagonal to {kind}(1): {part.gap:.4f} "
-            f"[{_loss(part.gap_low)}, {_loss(part.gap_high)}]; margin ±{part.margin:.4f}. "
+            f"Gap from the grafted diagonal to {kind}(1): {part.gap:.{decimals}f} "
+            f"[{_loss(part.gap_low, decimals)}, {_loss(part.gap_high, decimals)}]; "
+            f"margin ±{part.margin:.{decimals}f}. "
             + (
                 f"Void: {'; '.join(part.void)}."
                 if part.void
@@ -124,14 +132,14 @@ def _part(part: Part, steps: int) -> list[str]:
     lines += table(
         ("condition", "N/T", "ages", "seeds", "final loss", "pairs", "difference", "90% interval",
          "steps to target", "ratio", "drift", "verdict", ""),
-        [_cells(row, kind, steps) for row in rows],
+        [_cells(row, kind, steps, decimals) for row in rows],
     )  # fmt: skip
     for late_start in part.late_starts:
         lines += [late_start.describe(), ""]
     return lines
 
 
-def _cells(row: Row, kind: str, steps: int) -> Cells:
+def _cells(row: Row, kind: str, steps: int, decimals: int) -> Cells:
     own = row.method == kind
     compared = row.difference is not None
     return (
@@ -141,10 +149,10 @@ def _cells(row: Row, kind: str, steps: int) -> Cells:
         if row.youngest is None
         else f"{row.youngest}–{row.oldest}" + ("" if row.ages_as_planned or not own else " (!)"),
         str(row.seeds) if not row.diverged else f"{row.seeds} ({row.diverged} diverged)",
-        _loss(row.final_loss),
+        _loss(row.final_loss, decimals),
         "" if row.pairs is None else str(row.pairs),
-        _signed(row.difference) if compared else "",
-        f"[{_signed(row.low)}, {_signed(row.high)}]" if compared else "",
+        _signed(row.difference, decimals) if compared else "",
+        f"[{_signed(row.low, decimals)}, {_signed(row.high, decimals)}]" if compared else "",
         _count(row.steps_to_target),
         ""
         if row.steps_ratio is None
@@ -155,12 +163,12 @@ def _cells(row: Row, kind: str, steps: int) -> Cells:
     )
 
 
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _loss(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}"
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}"
+def _signed(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:+.{decimals}f}"
 
 
 def _count(value: float | None) -> str:
