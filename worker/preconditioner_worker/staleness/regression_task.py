@@ -2,7 +2,7 @@
 
 Exactly specified, without any data: inputs, noise and the teacher's weights are drawn by NumPy's generators.
 Examples are new at every step, so that nothing overfits. Directions matter because the inputs' variance falls
-with the square of their rank, in a basis that is not that of the weights; a diagonal method cannot undo that.
+with the cube of their rank, in a basis that is not that of the weights; a diagonal method cannot undo that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RegressionTask(Task):
     """Outputs of a teacher with noise (32 inputs, 16 and 16 tanh, 16 outputs), by a student twice as wide.
 
     With a student of the teacher's own shape runs of one seed end in different optima, whatever the delay. An
-    input is ``z S Q``: z standard normal (32), S diagonal with ``s_i`` proportional to 1/i and a mean
+    input is ``z S Q``: z standard normal (32), S diagonal with ``s_i`` proportional to i^-1.5 and a mean
     square of 1, Q a random orthogonal matrix. The teacher's weights and biases are uniform in
     ±2/sqrt(inputs of the layer), twice as wide as the student's at its start.
 
@@ -53,7 +53,7 @@ class RegressionTask(Task):
 
     def __init__(self, *, batch_size: int = 32, held_out: int = 4096, noise: float = 0.3) -> None:
         self._batch_size, self._noise = batch_size, noise
-        spectrum = 1 / np.arange(1, _INPUTS + 1)
+        spectrum = np.arange(1, _INPUTS + 1) ** -1.5
         spectrum *= math.sqrt(_INPUTS) / np.linalg.norm(spectrum)
         q, r = np.linalg.qr(generator(*_BASIS).standard_normal((_INPUTS, _INPUTS)))
         # (inputs, inputs); with the signs of R's diagonal Q is uniform.
