@@ -369,7 +369,6 @@ class Engine:
         self._agree()
         self._session_due = False
         staleness = self.refresher.config
-        devices = self._held.devices()
         session = SessionSpec(
             job=self._job,
             epoch=self.epoch,
@@ -378,7 +377,7 @@ class Engine:
             world_size=self.ranks.world_size,
             max_staleness=staleness.max_staleness,
             snapshots_in_flight=staleness.snapshots_in_flight,
-            pinned=frozenset(block for block, device in enumerate(devices) if device.type == "cuda"),
+            devices=tuple(self._held.devices()),
         )
         if self._history is not None:
             self._history.session(session, staleness, self.refresher.versions, self.step)
@@ -398,8 +397,8 @@ class Engine:
     def _open(self, session: SessionSpec) -> None:
         if not session.blocks:
             return
-        if session.pinned:
-            self._exchange = UploadingExchange(self._raw_exchange, self._held.devices())
+        if any(device.type == "cuda" for device in session.devices):
+            self._exchange = UploadingExchange(self._raw_exchange, session.devices)
         self._exchange.open(session)
 
     def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:

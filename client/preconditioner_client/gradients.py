@@ -171,7 +171,10 @@ def judge(
     verdict = not_finite(gradients)
     maximum(verdict)
     bad = verdict.any()
-    guard = Guard(bad if found_inf is None else bad | found_inf.any())
+    if found_inf is not None:
+        # GradScaler's own device may be another.
+        bad = bad | found_inf.any().to(bad.device, non_blocking=True)
+    guard = Guard(bad)
     guard.clear_(gradients)
     return verdict, guard
 

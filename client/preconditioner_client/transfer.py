@@ -2,6 +2,8 @@
 
 Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way and are handed
 on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
+
+What belongs to the host says so, since a program may have another default device (``torch.set_default_device``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def upload(
     values: Sequence[float] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A 1-D tensor of numbers on a device. ``torch.tensor(.., device=..)`` would wait for the device."""
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
@@ -42,7 +44,7 @@ def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
     if tensor.device.type != "cuda":
         return tensor.cpu(), None
     stream = side_stream(tensor.device)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         host.copy_(tensor, non_blocking=True)
@@ -53,8 +55,20 @@ def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
     return host, event
 
 
+def keep_until_used(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep memory that may be of a side stream's until the work launched so far is done with it.
+
+    To be called where tensors were read. A stream that was current when they came need not be the one now.
+    """
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class UploadingExchange:
     """An exchange whose arrivals are on the accelerator when they are collected.
+
+    Their memory is the side stream's: whoever reads them says so, see :func:`keep_until_used`.
 
     Args:
         inner: where the arrivals come from, on the CPU.
@@ -117,6 +131,4 @@ class UploadingExchange:
             sides = tuple(side.pin_memory().to(device, non_blocking=True) for side in arrival.sides)
             event = torch.cuda.Event()
             event.record(stream)
-        for side in sides:
-            side.record_stream(torch.cuda.current_stream(device))
         return Arrival(arrival.block, arrival.step, sides), event
