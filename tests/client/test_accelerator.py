@@ -1,161 +1,357 @@
-"""Training on an accelerator: the numbers of the CPU, and a host that never waits."""
+"""Training on an accelerator: the numbers of the CPU, a host that never waits, and no other device touched.
+
+What takes the fixture ``accelerator`` runs on a pretended one everywhere, and on a real one where there is one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from accelerators import ACCELERATORS, NEEDS_CUDA, accelerator_named
+from guarded_training import SETTINGS, make_model, make_optimizer, set_gradients, weights_of
+from kfac_models import Convolutional, Words, batch, loss_of, seeded
 from preconditioner_client import (
-    BlockingConfig,
-    Grafting,
+    KFAC,
+    AdaptiveRefresh,
     GraftingConfig,
     LocalExchange,
     Shampoo,
     StalenessConfig,
     attach,
 )
+from preconditioner_client import engine as engine_module
 from scripted_exchange import ScriptedExchange
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-CUDA = torch.device("cuda")
 SCHEDULED = StalenessConfig(refresh_every=2, adoption="scheduled", delay=4, max_staleness=20)
+OFTEN = StalenessConfig(refresh_every=1, max_staleness=100)
+every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
-@contextlib.contextmanager
-def no_waiting():
-    """Whatever would make the host wait for the accelerator raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.fixture(params=ACCELERATORS)
+def accelerator(request):
+    with accelerator_named(request.param) as accelerator:
+        yield accelerator
 
 
-def task(device, width=16):
-    """Model and loss; made on the CPU, so that every device has the same numbers."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 4))
-    x, y = torch.randn(64, 6).to(device), torch.randn(64, 4).to(device)
-    model.to(device)
-    return model, lambda: nn.functional.mse_loss(model(x), y)
+@pytest.fixture
+def pretended():
+    with accelerator_named("pretended") as accelerator:
+        yield accelerator
 
 
-def backward(model, loss):
-    model.zero_grad()
-    loss().backward()
+@pytest.fixture
+def as_guarded(monkeypatch):
+    """Within it the CPU takes the steps of an accelerator, which round a little differently from its own."""
+
+    @contextlib.contextmanager
+    def taken():
+        with monkeypatch.context() as patches:
+            patches.setattr(engine_module, "is_deferred", lambda device: True)
+            yield
+
+    return taken
 
 
-def trained(device, steps=30, **settings):
-    model, loss = task(CUDA)
-    optimizer = Shampoo(
-        model.named_parameters(), lr=1e-2, service=LocalExchange(), staleness=SCHEDULED, **settings
-    )
-    for _ in range(steps):
-        backward(model, loss)
-        optimizer.step()
-    return [parameter.detach().cpu() for parameter in model.parameters()], optimizer
+def assert_equal(accelerator, found, expected):
+    for there, here in zip(found, expected, strict=True):
+        assert here.isfinite().all()
+        if accelerator.is_exact:
+            assert torch.equal(there, here), f"up to {(there - here).abs().max()}"
+        else:
+            torch.testing.assert_close(there, here, rtol=2e-3, atol=2e-4)
+
+
+class Answering(ScriptedExchange):
+    """Answers every snapshot at once."""
+
+    def offer(self, snapshots, step):
+        super().offer(snapshots, step)
+        for snapshot in snapshots:
+            self.answer(snapshot.block, snapshot.step)
+
+
+# -- the numbers ---------------------------------------------------------------------------------------
+
+
+def trained(device, dtype=torch.float32, steps=range(16), within=contextlib.nullcontext, **settings):
+    model = make_model(dtype, device)
+    optimizer = make_optimizer(model.named_parameters(), **({"staleness": SCHEDULED} | settings))
+    return train(model, optimizer, steps, within), optimizer
+
+
+def train(model, optimizer, steps, within=contextlib.nullcontext):
+    """The weights after some steps, each within what ``within`` gives."""
+    for step in steps:
+        set_gradients(model, step, without={1, 2} if step % 3 == 2 else ())
+        with within():
+            optimizer.step()
+    return weights_of(model)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
-        {"blocking": BlockingConfig(block_size=4, merge_dims=False)},
-        {"grafting": GraftingConfig(method=Grafting.LAMB)},
-        {"grafting": GraftingConfig(method=Grafting.ADAGRAD, blend_steps=5)},
-    ],
-    ids=["plain", "momentum", "blocks", "lamb", "blend"],
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in SETTINGS), ("lamb", torch.bfloat16), ("momentum", torch.float64)],
 )
-def test_a_schedule_gives_the_numbers_of_the_cpu(settings):
-    here, _ = trained(torch.device("cpu"), **settings)
-    there, optimizer = trained(CUDA, **settings)
-    assert optimizer.metrics()["versions_adopted"] > 0
-    for expected, found in zip(here, there, strict=True):
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
+def test_a_schedule_gives_the_numbers_of_the_cpu(accelerator, as_guarded, name, dtype):
+    with as_guarded():
+        here, _ = trained("cpu", dtype, **SETTINGS[name])
+    there, optimizer = trained(accelerator.device, dtype, **SETTINGS[name])
+    assert optimizer.metrics()["versions_adopted"] > optimizer.metrics()["blocks"]
+    assert_equal(accelerator, there, here)
 
 
-def test_no_step_makes_the_host_wait():
-    model, loss = task(CUDA)
-    exchange = ScriptedExchange()
-    optimizer = Shampoo(
-        model.named_parameters(),
-        lr=1e-2,
-        service=exchange,
-        staleness=StalenessConfig(refresh_every=1, max_staleness=100),
+def test_a_copy_that_is_not_there_when_it_is_due_is_waited_for(pretended, as_guarded):
+    with as_guarded():
+        here, _ = trained("cpu", service=LocalExchange(SCHEDULED.delay))
+    there, optimizer = trained(pretended.device, service=LocalExchange(SCHEDULED.delay))
+    assert optimizer.metrics()["waits"] > 0
+    assert optimizer.metrics()["late_adoptions"] == optimizer.metrics()["wait_timeouts"] == 0
+    assert_equal(pretended, there, here)
+
+
+def trained_layers(kind, device, within=contextlib.nullcontext):
+    model = seeded(kind).to(device)
+    optimizer = KFAC(model, service=LocalExchange(2), staleness=SCHEDULED)
+    for step in range(14):
+        inputs, targets = (tensor.to(device) for tensor in batch(model, step))
+        with within():
+            optimizer.zero_grad()
+            loss_of(model, inputs, targets).backward()
+            optimizer.step()
+    return weights_of(model), optimizer
+
+
+@pytest.mark.parametrize("kind", [Convolutional, Words])
+def test_so_it_is_with_layers(accelerator, as_guarded, kind):
+    with as_guarded():
+        here, _ = trained_layers(kind, "cpu")
+    there, optimizer = trained_layers(kind, accelerator.device)
+    assert optimizer.metrics()["blocks_with_version"] == optimizer.metrics()["blocks"]
+    assert_equal(accelerator, there, here)
+
+
+def test_a_run_goes_from_device_to_device(accelerator, as_guarded):
+    """With snapshots of its schedule under way."""
+    with as_guarded():
+        here, _ = trained("cpu", steps=range(18))
+    weights, optimizer = trained("cpu", steps=range(0))
+    for device, steps in (("cpu", range(7)), (accelerator.device, range(7, 13)), ("cpu", range(13, 18))):
+        state_dict = optimizer.state_dict()
+        for state in state_dict["state"].values():
+            # Whoever puts counts into tensors makes no step wait for them.
+            state.update({"step": torch.tensor(state["step"])} if "step" in state else {})
+        model = make_model(device=device)
+        with torch.no_grad():
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+        optimizer = make_optimizer(model.named_parameters(), staleness=SCHEDULED)
+        optimizer.load_state_dict(state_dict)
+        with as_guarded() if device == "cpu" else contextlib.nullcontext():
+            weights = train(model, optimizer, steps)
+        state = optimizer.state_dict()["state"].values()
+        assert {v.device for s in state for v in s.values() if torch.is_tensor(v)} == {torch.device(device)}
+    assert_equal(accelerator, weights, here)
+
+
+# -- nothing waits -------------------------------------------------------------------------------------
+
+
+def train_without_waiting(accelerator, model, step, steps=8):
+    for number in range(steps):
+        # Some parameters have no gradient in some steps.
+        set_gradients(model, number, without={0, 3} if number % 3 == 2 else ())
+        with accelerator.no_waiting() if number >= accelerator.warm_up else contextlib.nullcontext():
+            step()
+
+
+@every_setting
+def test_no_step_makes_the_host_wait(accelerator, settings):
+    model, exchange = make_model(device=accelerator.device), Answering()
+    optimizer = make_optimizer(model.named_parameters(), **settings, service=exchange)
+    train_without_waiting(accelerator, model, optimizer.step)
+    metrics = optimizer.metrics()
+    assert metrics["versions_adopted"] > 0
+    assert len(exchange.offered) > metrics["blocks"]
+
+
+@pytest.mark.parametrize("place", ["host", "accelerator"])
+def test_whatever_the_learning_rate_is(accelerator, place):
+    model = make_model(device=accelerator.device)
+    device = accelerator.device if place == "accelerator" else "cpu"
+    optimizer = make_optimizer(
+        model.parameters(), lr=torch.full((), 0.01, device=device), weight_decay=0.1, service=Answering()
     )
-    for step in range(12):
-        backward(model, loss)
-        if step < 3:  # at the first steps memory is allocated and kernels are loaded
-            optimizer.step()
-            continue
-        with no_waiting():
-            optimizer.step()
-        for block in range(len(exchange.session.blocks)):
-            exchange.answer(block, optimizer.metrics()["step"])
-    assert exchange.offered
-    assert optimizer.metrics()["versions_adopted"] > 0
+    # Only without any state the learning rate is asked whether the step is torch's for a checkpoint.
+    set_gradients(model, 0)
+    optimizer.step()
+    train_without_waiting(accelerator, model, optimizer.step)
 
 
-def test_an_attached_optimizer_does_not_wait_either():
-    model, loss = task(CUDA)
-    exchange = ScriptedExchange()
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_an_attached_optimizer_does_not_wait_either(accelerator, method):
+    model = make_model(device=accelerator.device)
     inner = torch.optim.SGD(model.parameters(), lr=1e-2)
-    attach(
-        inner,
+    handle = attach(
+        inner, model, service=Answering(), staleness=OFTEN, grafting=GraftingConfig(method=method)
+    )
+    # GradScaler leaves its verdict with a fused optimizer, which this one is not; on a device of its own.
+    index = 1 if accelerator.is_exact else 0
+    found_inf = torch.zeros((), device=torch.device("cuda", index))
+    inner.found_inf = found_inf
+    inner.register_step_pre_hook(lambda *_: setattr(inner, "found_inf", None))
+    inner.register_step_post_hook(lambda *_: setattr(inner, "found_inf", found_inf))
+    train_without_waiting(accelerator, model, inner.step)
+    assert handle.metrics()["versions_adopted"] > 0
+    before = weights_of(model)
+    found_inf.fill_(1.0)
+    set_gradients(model, 9)
+    inner.step()
+    assert all(map(torch.equal, weights_of(model), before))
+
+
+@pytest.mark.parametrize("kind", [Convolutional, Words])
+def test_nor_does_one_with_layers(accelerator, kind):
+    model = seeded(kind).to(accelerator.device)
+    scale = torch.ones((), device=accelerator.device)
+    optimizer = KFAC(
         model,
-        service=exchange,
-        staleness=StalenessConfig(refresh_every=1, max_staleness=100),
-        grafting=GraftingConfig(method=Grafting.SGD),
+        service=Answering(),
+        staleness=OFTEN,
+        adaptive_refresh=AdaptiveRefresh(),
+        grad_scale=lambda: scale,
     )
     for step in range(8):
-        backward(model, loss)
-        with no_waiting() if step >= 3 else contextlib.nullcontext():
-            inner.step()
-        for block in range(len(exchange.session.blocks)):
-            exchange.answer(block, step + 1)
+        inputs, targets = (tensor.to(accelerator.device) for tensor in batch(model, step))
+        with accelerator.no_waiting() if step >= accelerator.warm_up else contextlib.nullcontext():
+            optimizer.zero_grad()
+            loss_of(model, inputs, targets).backward()
+            optimizer.step()
+    assert optimizer.metrics()["versions_adopted"] > 0
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
-    model, loss = task(CUDA)
-    optimizer = Shampoo(model.named_parameters(), lr=1e-2, service=LocalExchange(), staleness=SCHEDULED)
-    for _ in range(3):
-        backward(model, loss)
+def test_an_arrival_serves_once_its_copy_is_there(pretended):
+    model, exchange = make_model(device=pretended.device), ScriptedExchange()
+    optimizer = make_optimizer(model.parameters(), service=exchange, staleness=OFTEN)
+    adopted = []
+    for step in range(pretended.runtime.lag + 3):
+        set_gradients(model, step)
+        with pretended.no_waiting():
+            optimizer.step()
+        if step == 0:
+            exchange.answer(0, 1)
+        adopted.append(optimizer.metrics()["versions_adopted"])
+    assert adopted == [0] * (pretended.runtime.lag + 1) + [1, 1]
+
+
+# -- gradients that are not finite ---------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(accelerator):
+    model = make_model(device=accelerator.device)
+    optimizer = make_optimizer(model.named_parameters(), staleness=SCHEDULED)
+    for step in range(3):
+        set_gradients(model, step)
         optimizer.step()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    backward(model, loss)
+    before = weights_of(model)
+    set_gradients(model, 3)
     model[0].weight.grad[0, 0] = float("inf")
     optimizer.step()
-    assert all(map(torch.equal, before, model.parameters()))
-    torch.cuda.synchronize()
-    backward(model, loss)
+    assert all(map(torch.equal, before, weights_of(model)))
+    accelerator.synchronize()
+    set_gradients(model, 4)
     optimizer.step()
     assert optimizer.metrics()["nonfinite_steps"] == 1
 
 
-def test_a_state_dict_goes_from_device_to_device():
-    _, optimizer = trained(torch.device("cpu"))
-    model, loss = task(CUDA)
-    resumed = Shampoo(model.named_parameters(), lr=1e-2, service=LocalExchange(), staleness=SCHEDULED)
-    resumed.load_state_dict(optimizer.state_dict())
-    backward(model, loss)
-    resumed.step()
-    tensors = [
-        value for state in resumed.state.values() for value in state.values() if torch.is_tensor(value)
-    ]
-    assert tensors
-    # Counters are 0-D and may stay with the host.
-    assert {tensor.device.type for tensor in tensors if tensor.dim() > 0} == {"cuda"}
+# -- which device --------------------------------------------------------------------------------------
 
 
+def test_another_device_than_the_current_one(pretended, as_guarded):
+    """Nothing is made on the current device, and nothing of it is used."""
+    with as_guarded():
+        here, _ = trained("cpu", momentum=0.9)
+    device = torch.device("cuda", 1)
+    there, optimizer = trained(device, momentum=0.9)
+    assert_equal(pretended, there, here)
+    state = optimizer.state_dict()["state"].values()
+    assert {v.device for of_one in state for v in of_one.values() if torch.is_tensor(v)} == {device}
+    assert {stream.device for stream in pretended.runtime.streams} == {device}
+
+
+def test_parameters_on_several_devices(pretended):
+    """Such an optimizer looks at its gradients as on the CPU, and waits for it."""
+
+    def train_all(devices):
+        models = [make_model(device=device) for device in devices]
+        parameters = [p for model in models for p in model.parameters()]
+        optimizer = make_optimizer(parameters, staleness=SCHEDULED, weight_decay=0.1, momentum=0.9)
+        for step in range(12):
+            for number, model in enumerate(models):
+                set_gradients(model, 2 * step + number)
+            optimizer.step()
+        assert optimizer.metrics()["versions_adopted"] > 0
+        return [weight for model in models for weight in weights_of(model)]
+
+    expected = train_all(["cpu"] * 3)
+    assert_equal(pretended, train_all(["cuda:0", "cuda:1", "cpu"]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_program_may_have_other_defaults(accelerator, as_guarded, dtype):
+    @contextlib.contextmanager
+    def others():
+        torch.set_default_dtype(dtype)
+        try:
+            with accelerator.device:
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    with as_guarded():
+        here, (layers_here, _) = trained("cpu", momentum=0.9)[0], trained_layers(Words, "cpu")
+    there, optimizer = trained(accelerator.device, momentum=0.9, within=others)
+    assert_equal(accelerator, there, here)
+    assert_equal(accelerator, trained_layers(Words, accelerator.device, others)[0], layers_here)
+    with others():
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_steps_may_be_on_any_stream(accelerator, as_guarded):
+    """As in the warm-up before a CUDA graph is captured: some are on a stream of their own."""
+    with as_guarded():
+        here, _ = trained("cpu", momentum=0.9, service=LocalExchange())
+    model = make_model(device=accelerator.device)
+    optimizer = make_optimizer(
+        model.named_parameters(), staleness=SCHEDULED, momentum=0.9, service=LocalExchange()
+    )
+    default, other = torch.cuda.current_stream(accelerator.device), torch.cuda.Stream(accelerator.device)
+    for step in range(16):
+        stream, before = (other, default) if step % 5 == 1 else (default, other)
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            set_gradients(model, step, without={1, 2} if step % 3 == 2 else ())
+            optimizer.step()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.record_stream(other)
+                    parameter.grad.record_stream(default)
+    assert_equal(accelerator, weights_of(model), here)
+
+
+# -- launches ------------------------------------------------------------------------------------------
+
+
+@NEEDS_CUDA
 def test_launches_do_not_grow_with_equal_blocks():
     def launches(layers):
         torch.manual_seed(0)
-        parameters = [nn.Parameter(torch.randn(8, 8, device=CUDA)) for _ in range(layers)]
+        parameters = [nn.Parameter(torch.randn(8, 8, device="cuda")) for _ in range(layers)]
         optimizer = Shampoo(
             parameters, lr=1e-2, service=ScriptedExchange(), staleness=StalenessConfig(max_staleness=100)
         )

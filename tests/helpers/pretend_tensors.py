@@ -96,7 +96,7 @@ class Operators(TorchDispatchMode):
             return func(*args, **kwargs)
         if ours and target not in (None, ours[0].device.index):
             raise RuntimeError(f"{func} of a tensor on {ours[0].device} makes one on another device")
-        if "_foreach_" in func.__name__ and len({t.device for t in tensors if t.dim()}) > 1:
+        if "_foreach_" in func.__name__ and len({tensor.device for tensor in args[0]}) > 1:
             return self._one_by_one(func, args, kwargs)
         self._check(func, args, tensors, ours)
         return self._computed(func, ours[0].device.index if ours else target, args, kwargs)
@@ -107,10 +107,11 @@ class Operators(TorchDispatchMode):
         assert all(
             isinstance(arg, torch.Tensor) or len(arg) == length for arg in args if hasattr(arg, "__len__")
         )
-        found = [
-            func(*([arg[i]] if isinstance(arg, (list, tuple)) else arg for arg in args), **kwargs)
-            for i in range(length)
-        ]
+        with self:
+            found = [
+                func(*([arg[i]] if isinstance(arg, (list, tuple)) else arg for arg in args), **kwargs)
+                for i in range(length)
+            ]
         return [of_one[0] for of_one in found] if func._schema.returns else None
 
     def _computed(self, func, index, args, kwargs):
@@ -141,7 +142,7 @@ class Operators(TorchDispatchMode):
                 memory.written = None if tick is None else (stream, tick)
             return PretendTensor(tensor, index, memory)
 
-        if _VALUES & set(func.tags) or func is aten._local_scalar_dense.default:
+        if func is not aten.index.Tensor and _VALUES & set(func.tags):
             self._runtime.wait(func, stream.clock)
             if not isinstance(found, torch.Tensor):
                 return found
