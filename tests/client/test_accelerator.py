@@ -156,6 +156,7 @@ def test_a_run_goes_from_device_to_device(accelerator, as_guarded):
             weights = train(model, optimizer, steps)
         state = optimizer.state_dict()["state"].values()
         assert {v.device for s in state for v in s.values() if torch.is_tensor(v)} == {torch.device(device)}
+        assert all(isinstance(s["step"], int) for s in state)
     assert_equal(accelerator, weights, here)
 
 
@@ -223,7 +224,7 @@ def test_nor_does_one_with_layers(accelerator, kind):
         model,
         service=Answering(),
         staleness=OFTEN,
-        adaptive_refresh=AdaptiveRefresh(),
+        adaptive_refresh=AdaptiveRefresh(similar_below=1e-9),
         grad_scale=lambda: scale,
     )
     for step in range(8):
@@ -233,6 +234,8 @@ def test_nor_does_one_with_layers(accelerator, kind):
             loss_of(model, inputs, targets).backward()
             optimizer.step()
     assert optimizer.metrics()["versions_adopted"] > 0
+    # No two factors were so much alike.
+    assert set(optimizer._engine.refresher.intervals) == {1}
 
 
 def test_an_arrival_serves_once_its_copy_is_there(pretended):
@@ -319,7 +322,11 @@ def test_a_program_may_have_other_defaults(accelerator, as_guarded, dtype):
     assert_equal(accelerator, there, here)
     assert_equal(accelerator, trained_layers(Words, accelerator.device, others)[0], layers_here)
     with others():
-        optimizer.load_state_dict(optimizer.state_dict())
+        state_dict = optimizer.state_dict()
+    tensors = [v for s in state_dict["state"].values() for v in s.values() if torch.is_tensor(v)]
+    assert {(t.device, t.dtype) for t in tensors if t.is_floating_point()} == {
+        (accelerator.device, torch.float32)
+    }
 
 
 def test_steps_may_be_on_any_stream(accelerator, as_guarded):

@@ -24,6 +24,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from torch.utils._device import _device_constructors
 
 from preconditioner_client import stack, transfer
 from pretend_streams import Event, Runtime, Stream
@@ -63,6 +64,7 @@ def pretended_cuda(lag=2):
     """
     runtime = Runtime(lag)
     original_empty = torch.empty
+    _device_constructors()  # remembers its answer, which is to have the function of before
 
     def empty(*args, pin_memory=False, **kwargs):
         if not pin_memory:

@@ -234,7 +234,9 @@ class Operators(TorchDispatchMode):
             return
         poison = torch.full((target.nbytes,), _POISON, dtype=torch.uint8)
         target.copy_(poison.view(target.dtype).view(target.shape))
-        self._runtime.later(stream, tick, lambda: target.copy_(source.inner))
+        # The values that are there then; the tensor itself may be gone.
+        inner = source.inner
+        self._runtime.later(stream, tick, lambda: target.copy_(inner))
 
 
 def pinned_like(runtime, tensor):
