@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from accelerators import ACCELERATORS, NEEDS_CUDA, accelerator_named
-from guarded_training import SETTINGS, make_model, make_optimizer, set_gradients, weights_of
+from guarded_training import SETTINGS, Answering, make_model, make_optimizer, set_gradients, weights_of
 from kfac_models import Convolutional, Words, batch, loss_of, seeded
 from preconditioner_client import (
     KFAC,
@@ -65,15 +65,6 @@ def assert_equal(accelerator, found, expected):
             assert torch.equal(there, here), f"up to {(there - here).abs().max()}"
         else:
             torch.testing.assert_close(there, here, rtol=2e-3, atol=2e-4)
-
-
-class Answering(ScriptedExchange):
-    """Answers every snapshot at once."""
-
-    def offer(self, snapshots, step):
-        super().offer(snapshots, step)
-        for snapshot in snapshots:
-            self.answer(snapshot.block, snapshot.step)
 
 
 # -- the numbers ---------------------------------------------------------------------------------------

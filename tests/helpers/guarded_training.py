@@ -13,6 +13,7 @@ from preconditioner_client import (
     StalenessConfig,
     StatisticsConfig,
 )
+from scripted_exchange import ScriptedExchange
 
 STALENESS = StalenessConfig(refresh_every=2, max_staleness=20)
 
@@ -34,6 +35,15 @@ SETTINGS = {
         "statistics": StatisticsConfig(accumulation="sum", every=2),
     },
 }
+
+
+class Answering(ScriptedExchange):
+    """Answers every snapshot at once."""
+
+    def offer(self, snapshots, step):
+        super().offer(snapshots, step)
+        for snapshot in snapshots:
+            self.answer(snapshot.block, snapshot.step)
 
 
 def make_model(dtype=torch.float32, device="cpu"):
