@@ -11,7 +11,6 @@ from pretend_streams import Memory
 aten = torch.ops.aten
 _COPIES = (aten.copy_.default, aten._foreach_copy_.default)
 _VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_POISON = 0xFF
 
 
 class PretendTensor(torch.Tensor):
@@ -232,8 +231,7 @@ class Operators(TorchDispatchMode):
             self._runtime.wait("a copy to the host that blocks, or to ordinary memory", stream.clock)
             target.copy_(source.inner)
             return
-        poison = torch.full((target.nbytes,), _POISON, dtype=torch.uint8)
-        target.copy_(poison.view(target.dtype).view(target.shape))
+        target.copy_(_poison(target))
         # The values that are there then; the tensor itself may be gone.
         inner = source.inner
         self._runtime.later(stream, tick, lambda: target.copy_(inner))
@@ -257,6 +255,13 @@ def _wanted(runtime, kwargs):
     return -1 if device.type == "cpu" else None
 
 
+def _poison(target):
+    """NaN, -1, or where every value may be right, bytes that are not all alike."""
+    if target.dtype in (torch.uint8, torch.bool):
+        return (torch.arange(target.numel()) % 3).view(target.shape).to(target.dtype)
+    return torch.full((target.nbytes,), 0xFF, dtype=torch.uint8).view(target.dtype).view(target.shape)
+
+
 def _is_plain(target, source):
     """Whether a copy needs no temporary memory on the host, which would be ordinary memory."""
     host = target if isinstance(source, PretendTensor) else source
@@ -269,6 +274,8 @@ def _index(tensor):
 
 def _accesses(func, args, kwargs):
     """The memory that an operator reads, and that it writes."""
+    if func.namespace == "c10d":  # whose schemas do not say it
+        return [], [leaf.memory for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PretendTensor)]
     reads, writes = [], []
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
