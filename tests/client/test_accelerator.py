@@ -6,7 +6,6 @@ What takes the fixture ``accelerator`` runs on a pretended one everywhere, and o
 from __future__ import annotations
 
 import contextlib
-import io
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from accelerators import ACCELERATORS, NEEDS_CUDA, accelerator_named
+from fake_front import until
 from guarded_training import SETTINGS, Answering, make_model, make_optimizer, set_gradients, weights_of
 from kfac_models import Convolutional, Words, batch, loss_of, seeded
 from preconditioner_client import (
@@ -276,6 +276,23 @@ def test_another_device_than_the_current_one(pretended, as_guarded):
     state = optimizer.state_dict()["state"].values()
     assert {v.device for of_one in state for v in of_one.values() if torch.is_tensor(v)} == {device}
     assert {stream.device for stream in pretended.runtime.streams} == {device}
+
+
+def test_the_threads_of_an_exchange_work_on_the_device_of_its_blocks(pretended, front, connect):
+    """As in a process of several, one for each device: none takes memory on the first one."""
+    torch.cuda.set_device(1)
+    model = make_model(device=torch.device("cuda", 1))
+    optimizer = make_optimizer(model.named_parameters(), service=connect(front.address), staleness=OFTEN)
+
+    def stepped():
+        set_gradients(model, optimizer.metrics()["step"])
+        with pretended.no_waiting():
+            optimizer.step()
+        return optimizer.metrics()["blocks_with_version"] == optimizer.metrics()["blocks"]
+
+    until(stepped, what="versions of all blocks")
+    assert all(weight.isfinite().all() for weight in weights_of(model))
+    assert pretended.runtime.contexts == {1}
 
 
 def test_parameters_on_several_devices(pretended):

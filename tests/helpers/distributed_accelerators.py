@@ -7,13 +7,34 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from distributed_training import EAGER, make_attached, make_model, make_optimizer, set_gradients, weights
+from distributed_training import (
+    EAGER,
+    SCHEDULED,
+    gradient,
+    make_attached,
+    make_model,
+    make_optimizer,
+    set_gradients,
+    weights,
+)
 from guarded_training import Answering
 from kfac_models import Words, batch, loss_of, seeded
-from preconditioner_client import KFAC, DistributedConfig, LocalExchange, StalenessConfig
+from preconditioner_client import (
+    KFAC,
+    BlockingConfig,
+    DistributedConfig,
+    GraftingConfig,
+    LocalExchange,
+    Shampoo,
+    StalenessConfig,
+)
 from preconditioner_client import engine as engine_module
 from pretend_cuda import pretended_cuda
+from sharded_training import uneven
 
 OVERLAP = DistributedConfig(overlap=True, bucket_bytes=600, communication_dtype=torch.bfloat16)
 OFTEN = StalenessConfig(refresh_every=1, max_staleness=100)
@@ -116,9 +137,60 @@ def a_state_is_collected_from_accelerators(folder):
                         assert torch.equal(found[index][key].cpu(), value), key
 
 
+def make_shards(device, **settings):
+    """Rows of this rank, some of them none, and their optimizer; as after ``fully_shard``."""
+    mesh = DeviceMesh(device.type, list(range(dist.get_world_size())))
+    parameters = []
+    for whole in uneven().parameters():
+        rows = whole.detach().chunk(dist.get_world_size())
+        own = rows[dist.get_rank()] if dist.get_rank() < len(rows) else whole.detach()[:0]
+        parameters.append(nn.Parameter(as_shard(own.to(device), whole, mesh)))
+    return parameters, Shampoo(parameters, blocking=BlockingConfig(block_size=8), lr=1e-2, **settings)
+
+
+def as_shard(rows, whole, mesh):
+    return DTensor.from_local(
+        rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def train_shards(parameters, optimizer, steps, within=contextlib.nullcontext, bad=None):
+    """The rows in the end, on the host. In step ``bad`` the last rank's gradients hold infinity."""
+    for step in steps:
+        for index, parameter in enumerate(parameters):
+            rows = gradient(parameter.shape, index, step).chunk(dist.get_world_size())
+            own = rows[dist.get_rank()] if dist.get_rank() < len(rows) else rows[0][:0]
+            if step == bad and dist.get_rank() == dist.get_world_size() - 1:
+                own = own.fill_(float("inf"))
+            own = own.to(parameter.to_local().device)
+            parameter.grad = as_shard(own, parameter, parameter.device_mesh)
+        with within():
+            optimizer.step()
+    return [parameter.to_local().detach().clone().cpu() for parameter in parameters]
+
+
+def shards_on_accelerators_do_so_too(folder):
+    settings = {"grafting": GraftingConfig(method="lamb"), "weight_decay": 0.1}
+    scheduled = {"staleness": SCHEDULED, "service": LocalExchange(1)}
+    with guarded():
+        parameters, optimizer = make_shards(torch.device("cpu"), **settings, **scheduled)
+        here = train_shards(parameters, optimizer, range(12), bad=9)
+    with own_accelerator() as accelerator:
+        parameters, optimizer = make_shards(accelerator.device, **settings, **scheduled)
+        assert_same(train_shards(parameters, optimizer, range(12), bad=9), here)
+        accelerator.synchronize()
+        assert optimizer.metrics()["nonfinite_steps"] == 1
+        optimizer.consolidate_state_dict()
+        often = {"staleness": OFTEN, "service": Answering()}
+        parameters, optimizer = make_shards(accelerator.device, **settings, **often)
+        train_shards(parameters, optimizer, [0])
+        train_shards(parameters, optimizer, range(1, 6), accelerator.no_waiting)
+
+
 SCENARIOS = [
     accelerators_give_the_bits_of_the_cpu,
     layers_on_accelerators_do_so_too,
+    shards_on_accelerators_do_so_too,
     no_step_of_replicas_waits_for_their_accelerators,
     a_state_is_collected_from_accelerators,
 ]

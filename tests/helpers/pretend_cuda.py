@@ -20,6 +20,7 @@ allocators keep. An operator that waits inside of its CUDA kernel is known only 
 from __future__ import annotations
 
 import contextlib
+import sys
 from functools import partial
 from unittest.mock import patch
 
@@ -109,6 +110,10 @@ def pretended_cuda(lag=2):
             patches.enter_context(patch.object(torch.cuda, name, value))
         patches.enter_context(patch.object(torch, "empty", empty))
         patches.enter_context(patch.object(transfer, "_streams", {}))
+        if "torch.distributed.tensor" in sys.modules:
+            sharded = sys.modules["torch.distributed.tensor"].DTensor
+            device = property(lambda tensor: tensor._local_tensor.device)
+            patches.enter_context(patch.object(sharded, "device", device, create=True))
         stack.upper_of.cache_clear()
         # So that torch.tensor(.., device=..) makes its tensor first, and moves it where we see it.
         torch._C._set_only_lift_cpu_tensors(True)

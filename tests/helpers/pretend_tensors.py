@@ -78,6 +78,10 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # a DTensor looks at shapes
+        if not {PretendTensor, torch.Tensor, torch.nn.Parameter}.issuperset(types):
+            return NotImplemented  # a DTensor, which comes back with what it holds
         if func is aten.is_pinned.default:
             return self._is_pinned(args[0])
         if func is aten._pin_memory.default:
@@ -133,6 +137,8 @@ class Operators(TorchDispatchMode):
         found = func(*inner_args, **inner_kwargs)
 
         def wrapped(tensor):
+            if hasattr(tensor, "trigger_wait"):  # a functional collective under way
+                tensor = tensor.trigger_wait()
             if id(tensor) in known:
                 return known[id(tensor)]
             memory = memories.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
