@@ -48,8 +48,8 @@ class SessionSpec:
         world_size: number of processes of the job.
         max_staleness: the bound N, in steps.
         snapshots_in_flight: how many versions of a block may be under way.
-        devices: for each block where its preconditioners go on to. Those for CUDA should arrive in page-locked
-            memory; an exchange may do without. Empty: all stay on the host.
+        devices: for each block where its preconditioners go on to. Those for CUDA should arrive in
+            page-locked memory; an exchange may do without. Empty: all stay on the host.
     """
 
     job: str

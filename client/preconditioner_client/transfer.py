@@ -3,7 +3,7 @@
 Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way and are handed
 on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
 
-What belongs to the host says so, since a program may have another default device (``torch.set_default_device``).
+What belongs to the host says so, since ``torch.set_default_device`` may have made another the default.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training on an accelerator: the numbers of the CPU, a host that never waits, and no other device touched.
 
-What takes the fixture ``accelerator`` runs on a pretended one everywhere, and on a real one where there is one.
+What takes the fixture ``accelerator`` runs on a pretended one, and where there is one on a real one, too.
 """
 
 from __future__ import annotations
@@ -357,6 +357,19 @@ def test_steps_may_be_on_any_stream(accelerator, as_guarded):
                     parameter.grad.record_stream(other)
                     parameter.grad.record_stream(default)
     assert_equal(accelerator, weights_of(model), here)
+
+
+def test_a_model_that_is_moved_after_the_first_step_is_refused(pretended):
+    model = make_model()
+    optimizer = make_optimizer(model.named_parameters())
+    set_gradients(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().to(pretended.device)))
+    set_gradients(model, 1)
+    with pytest.raises(ValueError, match=r"0\.weight is on cuda:0, but was on cpu in the first step"):
+        optimizer.step()
 
 
 # -- launches ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The accelerators that tests run on: one that is pretended, everywhere; and a real one where there is one."""
+"""The accelerators that tests run on: a pretended one, and where there is one a real one, too."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Scenarios of replicas on pretended accelerators, each rank on one of its own, whose collectives know no host."""
+"""Scenarios of pretended accelerators, one for each rank, whose collectives know no tensor of the host."""
 
 from __future__ import annotations
 
 import contextlib
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -187,10 +188,24 @@ def shards_on_accelerators_do_so_too(folder):
         train_shards(parameters, optimizer, range(1, 6), accelerator.no_waiting)
 
 
+def parameters_that_no_backend_reaches_are_refused_by_name(folder):
+    """As parameters on the host are where there is NCCL alone."""
+
+    def gloo(store, rank, size, timeout):
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    dist.Backend.register_backend("cuda_only", gloo, devices=["cuda"])
+    config = DistributedConfig(process_group=dist.new_group(backend="cuda_only"))
+    optimizer = make_optimizer(model := make_model(), distributed=config)
+    with pytest.raises(ValueError, match=r"0\.weight is on cpu.* only for cuda: .*cpu:gloo,cuda:nccl"):
+        train(model, optimizer, [0])
+
+
 SCENARIOS = [
     accelerators_give_the_bits_of_the_cpu,
     layers_on_accelerators_do_so_too,
     shards_on_accelerators_do_so_too,
     no_step_of_replicas_waits_for_their_accelerators,
     a_state_is_collected_from_accelerators,
+    parameters_that_no_backend_reaches_are_refused_by_name,
 ]

@@ -1,20 +1,24 @@
-"""An accelerator that is not there: tensors with real values that say of themselves that they are on ``cuda:k``.
+"""An accelerator that is not there: tensors with real values that say they are on ``cuda:k``.
 
-Every operator is computed on the CPU, on the tensor that a :class:`pretend_tensors.PretendTensor` wraps. Code that asks
-for ``tensor.device`` takes its CUDA paths, streams and events of ``torch.cuda`` included, and gets an error for
+Every operator is computed on the CPU, on the tensor that a :class:`pretend_tensors.PretendTensor` wraps. Code
+that asks for ``tensor.device`` takes its CUDA paths, streams and events of ``torch.cuda`` included, and gets
+an error for
 
 * operators on tensors of two devices, but for the numbers (0-D) of the host that CUDA takes, too;
-* whatever would make the host wait, within :meth:`Accelerator.no_waiting`: values asked for (``item``, ``bool``,
-  ``nonzero``, masks as indices), copies that block or are of ordinary memory, ``synchronize``;
+* whatever would make the host wait, within :meth:`Accelerator.no_waiting`: values asked for (``item``,
+  ``bool``, ``nonzero``, masks as indices), copies that block or are of ordinary memory, ``synchronize``;
 * work on a stream that may come before what it reads, or overwrite what another stream still reads;
 * memory that is freed while another stream than its own may use it (``record_stream``);
-* page-locked memory that changes while it is copied from. What is copied to the host is NaN, or -1, until an event
-  has said that it is there;
+* page-locked memory that changes while it is copied from. What is copied to the host is NaN, or -1, until an
+  event has said that it is there;
 * a collective on a tensor of the host, which NCCL has no means for.
 
-It does not show that CUDA's kernels take the dtypes, shapes and lists that they are given, or what they round to,
-nor times, nor anything of CUDA graphs, of NCCL's own streams, of autograd's threads or of the memory that
-allocators keep. An operator that waits inside of its CUDA kernel is known only if its tags say so.
+:attr:`pretend_streams.Runtime.contexts` tells on which devices a real process would have taken memory.
+
+It does not show that CUDA's kernels take the dtypes, shapes and lists that they are given, or what they round
+to, nor times, nor anything of CUDA graphs, of NCCL's own streams, of autograd's threads or of the memory that
+allocators keep. An operator that waits inside of its CUDA kernel is known only if its tags say so, as those
+of ``linalg`` do not. Devices are named with their number, ``cuda:0``; ``cuda`` alone asks for the real CUDA.
 """
 
 from __future__ import annotations

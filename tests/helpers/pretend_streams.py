@@ -1,8 +1,8 @@
 """Streams, events and memory of an accelerator that is not there, see :mod:`pretend_cuda`.
 
-Work is done when it is launched, but for copies to the host, which are done when the host learns that they are.
-What real streams would leave to chance is worked out instead, with a vector clock for each stream and the host:
-who may not know yet that a piece of work is done must not build on it.
+Work is done when it is launched, but for copies to the host, which are done when the host learns that they
+are. What real streams would leave to chance is worked out instead, with a vector clock for each stream and
+for the host: who may not know yet that a piece of work is done must not build on it.
 """
 
 from __future__ import annotations
