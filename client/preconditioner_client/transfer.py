@@ -1,7 +1,7 @@
 """Copies between an accelerator and the host that the training thread never waits for.
 
-Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way and are handed
-on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
+Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way, on another, and
+are handed on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
 
 What belongs to the host says so, since ``torch.set_default_device`` may have made another the default.
 """
@@ -16,14 +16,18 @@ import torch
 
 from preconditioner_client.exchange import Arrival, Exchange, Rejection, SessionSpec, Snapshot
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies of a CUDA device, made at first use."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+def side_stream(device: torch.device, inward: bool) -> torch.cuda.Stream:
+    """The stream for copies to (``inward``) or from a CUDA device, made at first use.
+
+    One for each way: what leaves waits for the steps before it, and what arrives must not stand behind that.
+    """
+    key = device, inward
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    return _streams[key]
 
 
 def upload(
@@ -43,7 +47,7 @@ def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
     """
     if tensor.device.type != "cuda":
         return tensor.cpu(), None
-    stream = side_stream(tensor.device)
+    stream = side_stream(tensor.device, inward=False)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
@@ -125,7 +129,7 @@ class UploadingExchange:
 
     def _upload(self, arrival: Arrival) -> tuple[Arrival, torch.cuda.Event]:
         device = self._devices[arrival.block]
-        stream = side_stream(device)
+        stream = side_stream(device, inward=True)
         with torch.cuda.stream(stream):
             # Most come in page-locked memory already, and pin_memory() returns these as they are.
             sides = tuple(side.pin_memory().to(device, non_blocking=True) for side in arrival.sides)

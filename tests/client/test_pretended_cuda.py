@@ -164,6 +164,6 @@ def test_devices_on_which_a_context_is_made(pretended):
     _, ready = to_host(torch.ones(3, device=SECOND))
     with torch.cuda.device(1):
         ready.query()
-    assert side_stream(SECOND).device == SECOND
+    assert side_stream(SECOND, inward=False).device == SECOND
     # to_host() is the training thread's, and asks for page-locked memory where that thread is.
     assert pretended.runtime.contexts == {0, 1}

@@ -174,6 +174,19 @@ def test_a_preconditioner_comes_to_the_device(accelerator, inner):
     assert torch.equal(side.cpu(), 3.0 * torch.eye(2))
 
 
+def test_what_arrives_does_not_stand_behind_the_steps_that_a_snapshot_waits_for(inner):
+    with accelerator_named("pretended") as accelerator:
+        training = torch.cuda.current_stream(accelerator.device)
+        _, left = to_host(torch.ones(3, device=accelerator.device))
+        assert training in left.clock
+        exchange = UploadingExchange(inner, [accelerator.device])
+        exchange.open(session(1, [accelerator.device]))
+        inner.answer(0, 7)
+        assert exchange.collect(8) == []
+        ((_, arrived),) = exchange._under_way
+        assert training not in arrived.clock
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8])
 def test_neither_way_makes_the_host_wait(accelerator, dtype):
     with accelerator.no_waiting():
