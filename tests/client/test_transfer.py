@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from accelerators import ACCELERATORS, accelerator_named
 from preconditioner_client import Rejection, SessionSpec
 from preconditioner_client.config import Ridge, RidgeKind
 from preconditioner_client.exchange import BlockSpec
@@ -57,12 +56,6 @@ def exchange(inner):
     exchange = HeldCopies(inner, [CUDA, CUDA, CPU])
     exchange.open(session(blocks=3))
     return exchange
-
-
-@pytest.fixture(params=ACCELERATORS)
-def accelerator(request):
-    with accelerator_named(request.param) as accelerator:
-        yield accelerator
 
 
 def session(blocks, devices=()):
@@ -151,14 +144,13 @@ def test_an_arrival_for_an_accelerator_is_in_page_locked_memory(accelerator):
     assert torch.equal(plain, pinned)
 
 
-def test_a_thread_that_locks_memory_makes_no_context_on_another_device():
-    with accelerator_named("pretended") as accelerator:
-        arguments = packed(3), (3,), torch.device("cuda", 1)
-        thread = threading.Thread(target=unpack_arrival, args=arguments)
-        thread.start()
-        thread.join()
-        assert accelerator.runtime.pinned
-        assert accelerator.runtime.contexts == {1}
+def test_a_thread_that_locks_memory_makes_no_context_on_another_device(pretended):
+    arguments = packed(3), (3,), torch.device("cuda", 1)
+    thread = threading.Thread(target=unpack_arrival, args=arguments)
+    thread.start()
+    thread.join()
+    assert pretended.runtime.pinned
+    assert pretended.runtime.contexts == {1}
 
 
 def test_a_preconditioner_comes_to_the_device(accelerator, inner):
@@ -174,17 +166,16 @@ def test_a_preconditioner_comes_to_the_device(accelerator, inner):
     assert torch.equal(side.cpu(), 3.0 * torch.eye(2))
 
 
-def test_what_arrives_does_not_stand_behind_the_steps_that_a_snapshot_waits_for(inner):
-    with accelerator_named("pretended") as accelerator:
-        training = torch.cuda.current_stream(accelerator.device)
-        _, left = to_host(torch.ones(3, device=accelerator.device))
-        assert training in left.clock
-        exchange = UploadingExchange(inner, [accelerator.device])
-        exchange.open(session(1, [accelerator.device]))
-        inner.answer(0, 7)
-        assert exchange.collect(8) == []
-        ((_, arrived),) = exchange._under_way
-        assert training not in arrived.clock
+def test_what_arrives_does_not_stand_behind_the_steps_that_a_snapshot_waits_for(pretended, inner):
+    training = torch.cuda.current_stream(pretended.device)
+    _, left = to_host(torch.ones(3, device=pretended.device))
+    assert training in left.clock
+    exchange = UploadingExchange(inner, [pretended.device])
+    exchange.open(session(1, [pretended.device]))
+    inner.answer(0, 7)
+    assert exchange.collect(8) == []
+    ((_, arrived),) = exchange._under_way
+    assert training not in arrived.clock
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8])
