@@ -262,9 +262,11 @@ def _wanted(runtime, kwargs):
 
 
 def _poison(target):
-    """NaN, -1, or where every value may be right, bytes that are not all alike."""
-    if target.dtype in (torch.uint8, torch.bool):
-        return (torch.arange(target.numel()) % 3).view(target.shape).to(target.dtype)
+    """NaN, -1, true, or where any byte may be right, some that are not all alike."""
+    if target.dtype is torch.bool:
+        return torch.ones(target.shape, dtype=torch.bool)
+    if target.dtype is torch.uint8:
+        return (torch.arange(target.numel()) % 3).view(target.shape).to(torch.uint8)
     return torch.full((target.nbytes,), 0xFF, dtype=torch.uint8).view(target.dtype).view(target.shape)
 
 
