@@ -46,12 +46,19 @@ def test_whatever_the_learning_rate_is(accelerator, place):
     train_without_waiting(accelerator, model, optimizer.step)
 
 
+@pytest.mark.parametrize("groups", [None, {1: None}])
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_an_attached_optimizer_does_not_wait_either(accelerator, method):
+def test_an_attached_optimizer_does_not_wait_either(accelerator, method, groups):
     model = make_model(device=accelerator.device)
-    inner = torch.optim.SGD(model.parameters(), lr=1e-2)
+    parameters = list(model.parameters())
+    inner = torch.optim.SGD([{"params": parameters[:6]}, {"params": parameters[6:]}], lr=1e-2)
     handle = attach(
-        inner, model, service=Answering(), staleness=OFTEN, grafting=GraftingConfig(method=method)
+        inner,
+        model,
+        groups=groups,
+        service=Answering(),
+        staleness=OFTEN,
+        grafting=GraftingConfig(method=method),
     )
     # GradScaler leaves its verdict with a fused optimizer, which this one is not; on a device of its own.
     index = 1 if accelerator.is_exact else 0
