@@ -83,11 +83,11 @@ def agree(
     device = parameters[0].held.device
     texts = [_digest(p.text) for p in parameters]
     values = _checksums(parameters)
-    same = torch.tensor([step, len(texts), _digest(common), *_folded(texts)], dtype=torch.int64)
+    same = _numbers([step, len(texts), _digest(common), *_folded(texts)])
     alike = True
     for group in ranks.groups:
         replicas = group is ranks.replica_group
-        record = torch.cat([torch.tensor([epoch]), same, torch.tensor(_folded(values)), _text(job)])
+        record = torch.cat([_numbers([epoch]), same, _numbers(_folded(values)), _text(job)])
         records = _gathered(record, group, device)
         epoch = int(records[:, 0].max())
         job = _untext(records[0, -_TEXT_BYTES // 8 :])
@@ -120,7 +120,7 @@ def _difference(
         first = len(digests)
         for group in groups:
             if group is not None:
-                gathered = _gathered(torch.tensor(digests, dtype=torch.int64), group, device)
+                gathered = _gathered(_numbers(digests), group, device)
                 differing = (gathered != gathered[0]).any(0).nonzero()
                 first = min(first, int(differing[0]) if len(differing) else len(digests))
         first = -_largest(-first, ranks, device)
@@ -165,6 +165,11 @@ def _folded(digests: Sequence[int]) -> list[int]:
     return [_digest(",".join(map(str, digests)))]
 
 
+def _numbers(numbers: Sequence[int]) -> torch.Tensor:
+    """On the host, whatever the default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 def _text(text: str) -> torch.Tensor:
     """As int64 words; what is too long is cut."""
     return torch.frombuffer(
@@ -187,7 +192,7 @@ def _gathered(record: torch.Tensor, group: dist.ProcessGroup, device: torch.devi
 def _told(text: str, ranks: Ranks, device: torch.device) -> dict[str, str]:
     """What every rank has to say, by rank; replicas and shards that say the same are still listed apart."""
     words = _text(text).unsqueeze(0)
-    labels = torch.tensor([[ranks.rank]])
+    labels = _numbers([ranks.rank]).unsqueeze(0)
     for group in ranks.groups:
         words = _gathered(words, group, device).flatten(0, 1)
         labels = _gathered(labels, group, device).flatten(0, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from preconditioner_client.checkpoint import placed
+from preconditioner_client.checkpoint import own_state
 from preconditioner_client.config import Grafting, GraftingConfig
 from preconditioner_client.distribution import Ranks, like, local
 from preconditioner_client.foreach import cast_like
@@ -48,9 +48,9 @@ class AttachedMoments:
 
     def restore(self, parameter: torch.Tensor, saved: dict[str, Any], ranks: Ranks) -> None:
         """Take what a checkpoint has of one parameter beside its blocks."""
-        own = {key: value for key, value in saved.items() if not key.startswith("block.")}
+        own = own_state(saved, parameter, ranks)
         if own:
-            self._states[parameter] = {key: placed(value, parameter, ranks) for key, value in own.items()}
+            self._states[parameter] = own
 
     def directions(
         self,

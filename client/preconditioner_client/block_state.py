@@ -51,13 +51,13 @@ def blank_block_state(sides: Sequence[int], config: StalenessConfig) -> dict[str
     """The keys of :func:`block_state` for a block with these sides, with tensors of the right shapes."""
     state: dict[str, Any] = dict.fromkeys(("updates", "version", "first_adopted", "last_snapshot"), 0)
     for side, n in enumerate(sides):
-        state[f"statistics.{side}"] = torch.empty(n, n)
-        state[f"preconditioner.{side}"] = torch.empty(n, n)
+        state[f"statistics.{side}"] = _host_matrix(n, n)
+        state[f"preconditioner.{side}"] = _host_matrix(n, n)
     if config.adoption is Adoption.SCHEDULED:
         places = config.snapshots_in_flight
-        state["in_flight.steps"] = torch.empty(places, dtype=torch.int64)
+        state["in_flight.steps"] = torch.empty(places, dtype=torch.int64, device="cpu")
         for side, n in enumerate(sides):
-            state[f"in_flight.{side}"] = torch.empty(places, n * (n + 1) // 2)
+            state[f"in_flight.{side}"] = _host_matrix(places, n * (n + 1) // 2)
     return state
 
 
@@ -99,8 +99,8 @@ def _in_flight(engine: Engine, held: PlannedRow) -> dict[str, torch.Tensor]:
     """The snapshots of a block that a schedule waits for."""
     refresher, stack = engine.refresher, held.entry.stack
     places = refresher.config.snapshots_in_flight
-    steps = torch.full((places,), NEVER, dtype=torch.int64)
-    packed = [torch.zeros(places, n * (n + 1) // 2) for n in stack.sides]
+    steps = torch.full((places,), NEVER, dtype=torch.int64, device="cpu")
+    packed = [_host_matrix(places, n * (n + 1) // 2) for n in stack.sides]
     for place, snapshot in enumerate(refresher.schedule.under_way(held.block)):
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
@@ -111,6 +111,11 @@ def _in_flight(engine: Engine, held: PlannedRow) -> dict[str, torch.Tensor]:
     state = {"in_flight.steps": steps.to(stack.device)}
     state.update({f"in_flight.{side}": kept.to(stack.device) for side, kept in enumerate(packed)})
     return state
+
+
+def _host_matrix(rows: int, columns: int) -> torch.Tensor:
+    """Zeros in float32 on the host, whatever the program's defaults are."""
+    return torch.zeros(rows, columns, dtype=torch.float32, device="cpu")
 
 
 def _copy_or_zero(target: torch.Tensor, source: torch.Tensor | None) -> None:
@@ -124,7 +129,7 @@ def _shapes_in_flight(engine: Engine, held: PlannedRow) -> dict[str, torch.Tenso
     """The keys and shapes of :func:`_in_flight`."""
     places, stack = engine.refresher.config.snapshots_in_flight, held.entry.stack
     state = {"in_flight.steps": torch.full((places,), NEVER, dtype=torch.int64, device=stack.device)}
-    zero = torch.zeros((), device=stack.device)
+    zero = torch.zeros((), dtype=torch.float32, device=stack.device)
     for side, n in enumerate(stack.sides):
         state[f"in_flight.{side}"] = zero.expand(places, n * (n + 1) // 2)
     return state

@@ -92,7 +92,7 @@ def write(optimizer: PreconditionedOptimizer, engine: Engine) -> None:
                 # Settings that were changed since the last step ask for what only the next one would make.
                 complete_state(optimizer.state[parameter], group, parameter)
                 for key, shape in optimizer.own_state_shapes(parameter).items():
-                    blank = torch.zeros(shape, device=parameter.device)
+                    blank = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
                     optimizer.state[parameter].setdefault(key, blank)
             if plan.rows[index] and parameter in optimizer.state:
                 # What is under way stays out: copies of it would stay here until the next checkpoint.
@@ -163,11 +163,7 @@ def read(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[st
         states = [state_dict["state"].get(identity, {}) for identity in saved["params"]]
         stored.append(states)
         for parameter, state in zip(group["params"], states, strict=True):
-            own = {
-                key: placed(value, parameter, engine.ranks)
-                for key, value in state.items()
-                if not key.startswith("block.")
-            }
+            own = own_state(state, parameter, engine.ranks)
             if own:
                 optimizer.state[parameter] = own
     first = state_dict["param_groups"][0]
@@ -244,8 +240,20 @@ def _must_have_had(plan: GroupPlan, state: dict[str, Any], step: int) -> bool:
     return updates > 0 and step // plan.settings.statistics.every > step - updates
 
 
-def placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
-    """A copy of an elementwise tensor, placed as its parameter is; it keeps its dtype."""
+def own_state(state: dict[str, Any], parameter: torch.Tensor, ranks: Ranks) -> dict[str, Any]:
+    """What a parameter's saved state holds beside its blocks: copies, tensors placed as the parameter is.
+
+    They keep their dtypes.
+    """
+    # A count in a tensor would go to the accelerator, and every step wait for it.
+    return {
+        key: int(value) if key == "step" else _placed(value, parameter, ranks)
+        for key, value in state.items()
+        if not key.startswith("block.")
+    }
+
+
+def _placed(value: Any, parameter: torch.Tensor, ranks: Ranks) -> Any:
     if not torch.is_tensor(value):
         return copy.copy(value)
     held = local(value) if is_dtensor(value) else held_part(parameter, value, ranks)

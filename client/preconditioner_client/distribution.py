@@ -146,9 +146,18 @@ class Ranks:
             names: of the parameters.
 
         Raises:
-            ValueError: parameters of different kinds or meshes, or a placement that is not supported; names
-                the parameter and the placement.
+            ValueError: parameters of different kinds or meshes, a placement that is not supported, or a
+                device that the process group has no backend for; names the parameter and what it has.
         """
+        ranks = Ranks._laid(distributed, parameters, names)
+        for group in ranks.groups if parameters else ():
+            _check_backend(group, parameters[0], names[0])
+        return ranks
+
+    @staticmethod
+    def _laid(
+        distributed: str | DistributedConfig, parameters: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> Ranks:
         sharded = [is_dtensor(parameter) for parameter in parameters]
         config = distributed if isinstance(distributed, DistributedConfig) else DistributedConfig()
         if any(sharded):
@@ -170,6 +179,17 @@ class Ranks:
             grid=tuple((member,) for member in members),
             communication_dtype=config.communication_dtype,
             bucket_bytes=config.bucket_bytes if config.overlap else None,
+        )
+
+
+def _check_backend(group: dist.ProcessGroup, parameter: torch.Tensor, name: str) -> None:
+    """Refuse parameters that are where their ranks cannot reach each other, as offloaded ones under NCCL."""
+    known = sorted({device.type for device in group._device_types})
+    # One that is written in Python may not say what it has.
+    if known and parameter.device.type not in (*known, "meta"):
+        raise ValueError(
+            f"{name} is on {parameter.device}, but the process group of its ranks has backends only for "
+            f"{', '.join(known)}: begin with torch.distributed.init_process_group('cpu:gloo,cuda:nccl')"
         )
 
 

@@ -19,7 +19,7 @@ from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Exchange, SessionSpec
-from preconditioner_client.gradients import check_finite, check_shapes, judge, named
+from preconditioner_client.gradients import Place, check_finite, check_places, judge, named
 from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.held_blocks import HeldBlocks
@@ -84,7 +84,7 @@ class Engine:
         self._devices: list[torch.device] = []
         self._texts: list[tuple[str, Callable[[], str]]] = []
         self._cut: list[tuple[str, torch.Tensor]] = []
-        self._shapes: list[torch.Size] = []
+        self._places: list[Place] = []
         self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
         self._skipped = SkippedSteps()
@@ -127,7 +127,7 @@ class Engine:
         self._compared.extend(own)
         if not isinstance(settings, LeftAlone):
             self._cut.extend(zip(names, own, strict=True))
-            self._shapes.extend(parameter.shape for parameter in own)
+            self._places.extend((parameter.shape, parameter.device) for parameter in own)
         for parameter, name in zip(parameters, names, strict=True):
             self.parameters.append(parameter)
             self._devices.append(parameter.device)
@@ -167,7 +167,7 @@ class Engine:
         self._devices = []
         self._texts = []
         self._cut = []
-        self._shapes = []
+        self._places = []
         self._compared = []
         self._held = HeldBlocks()
         self._loads = Loads()
@@ -192,10 +192,10 @@ class Engine:
 
         Raises:
             ValueError: one is not finite, and the host knows it; see
-                :func:`preconditioner_client.gradients.check_finite`. Or a parameter has another shape than
-                its blocks were cut for.
+                :func:`preconditioner_client.gradients.check_finite`. Or a parameter has another shape or
+                device than when its blocks were cut.
         """
-        check_shapes(self._cut, self._shapes)
+        check_places(self._cut, self._places)
         present = named(gradients, [plan.names for plan in self.plans])
         devices = {gradient.device for _, gradient in present}
         if len(devices) > 1 or not is_deferred(present[0][1].device):
@@ -369,7 +369,6 @@ class Engine:
         self._agree()
         self._session_due = False
         staleness = self.refresher.config
-        devices = self._held.devices()
         session = SessionSpec(
             job=self._job,
             epoch=self.epoch,
@@ -378,7 +377,7 @@ class Engine:
             world_size=self.ranks.world_size,
             max_staleness=staleness.max_staleness,
             snapshots_in_flight=staleness.snapshots_in_flight,
-            pinned=frozenset(block for block, device in enumerate(devices) if device.type == "cuda"),
+            devices=tuple(self._held.devices()),
         )
         if self._history is not None:
             self._history.session(session, staleness, self.refresher.versions, self.step)
@@ -398,8 +397,8 @@ class Engine:
     def _open(self, session: SessionSpec) -> None:
         if not session.blocks:
             return
-        if session.pinned:
-            self._exchange = UploadingExchange(self._raw_exchange, self._held.devices())
+        if any(device.type == "cuda" for device in session.devices):
+            self._exchange = UploadingExchange(self._raw_exchange, session.devices)
         self._exchange.open(session)
 
     def _blend(self, entry: StackPlan, rows: Sequence[int], steps: int) -> torch.Tensor | None:

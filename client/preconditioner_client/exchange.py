@@ -48,8 +48,8 @@ class SessionSpec:
         world_size: number of processes of the job.
         max_staleness: the bound N, in steps.
         snapshots_in_flight: how many versions of a block may be under way.
-        pinned: blocks whose preconditioners go on to an accelerator, and so should arrive in page-locked
-            memory; an exchange may do without.
+        devices: for each block where its preconditioners go on to. Those for CUDA should arrive in
+            page-locked memory; an exchange may do without. Empty: all stay on the host.
     """
 
     job: str
@@ -59,7 +59,7 @@ class SessionSpec:
     world_size: int = 1
     max_staleness: int = 0
     snapshots_in_flight: int = 1
-    pinned: frozenset[int] = frozenset()
+    devices: tuple[torch.device, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,20 +30,30 @@ def check_parameter(parameter: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has dtype {parameter.dtype}; only floating-point parameters can be trained")
 
 
-def check_shapes(parameters: Sequence[tuple[str, torch.Tensor]], shapes: Sequence[torch.Size]) -> None:
-    """Refuse parameters that have another shape than their blocks were cut for, as after ``p.data = other``.
+Place = tuple[torch.Size, torch.device]
+"""Shape and device of a parameter."""
+
+
+def check_places(parameters: Sequence[tuple[str, torch.Tensor]], places: Sequence[Place]) -> None:
+    """Refuse parameters that are not as their blocks were cut, as after ``p.data = other`` or ``model.to``.
 
     Args:
         parameters: of all groups that were cut, with their names.
-        shapes: as they were then.
+        places: as they were then.
 
     Raises:
         ValueError: naming the first parameter concerned.
     """
     # The usual case is to be quick: it comes in every step.
-    if [parameter.shape for _, parameter in parameters] == shapes:
+    if [(parameter.shape, parameter.device) for _, parameter in parameters] == places:
         return
-    for (name, parameter), shape in zip(parameters, shapes, strict=True):
+    for (name, parameter), (shape, device) in zip(parameters, places, strict=True):
+        if parameter.device != device:
+            raise ValueError(
+                f"{name} is on {parameter.device}, but was on {device} in the first step, and so are its "
+                f"statistics; nothing was updated. Move the model before the first step, or load the "
+                f"state_dict() into an optimizer made anew"
+            )
         if parameter.shape != shape:
             raise ValueError(
                 f"{name} has the shape {tuple(parameter.shape)}, but had {tuple(shape)} when its blocks were "
@@ -171,7 +181,10 @@ def judge(
     verdict = not_finite(gradients)
     maximum(verdict)
     bad = verdict.any()
-    guard = Guard(bad if found_inf is None else bad | found_inf.any())
+    if found_inf is not None:
+        # GradScaler's own device may be another.
+        bad = bad | found_inf.any().to(bad.device, non_blocking=True)
+    guard = Guard(bad)
     guard.clear_(gradients)
     return verdict, guard
 

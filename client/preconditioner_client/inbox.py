@@ -17,12 +17,14 @@ from preconditioner_protos import PackedBlock, unpack
 
 _REJECTIONS_PER_BLOCK = 16
 
+HOST = torch.device("cpu")
+
 
 class NotFiniteError(ValueError):
     """A preconditioner that holds NaN or infinity."""
 
 
-def unpack_arrival(packed: PackedBlock, sides: Sequence[int], pinned: bool = False) -> Arrival:
+def unpack_arrival(packed: PackedBlock, sides: Sequence[int], device: torch.device = HOST) -> Arrival:
     """Full, exactly symmetric float32 tensors of a received block.
 
     NumPy does the work, and not torch: torch would start a second pool of compute threads beside the
@@ -31,7 +33,8 @@ def unpack_arrival(packed: PackedBlock, sides: Sequence[int], pinned: bool = Fal
     Args:
         packed: whole and with the right checksums.
         sides: side lengths of the block.
-        pinned: into page-locked memory, from which an accelerator copies without the host's help.
+        device: that they go on to. For CUDA they are in page-locked memory, from which it copies without the
+            host's help.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -41,13 +44,15 @@ def unpack_arrival(packed: PackedBlock, sides: Sequence[int], pinned: bool = Fal
         if not np.isfinite(values).all():
             raise NotFiniteError(f"side {side} of block {packed.block} step {packed.step} is not finite")
         matrix_NN = torch.from_numpy(unpack(values, n).astype(np.float32, copy=False))
-        full.append(_page_locked(matrix_NN) if pinned else matrix_NN)
+        full.append(_page_locked(matrix_NN, device) if device.type == "cuda" else matrix_NN)
     return Arrival(packed.block, packed.step, tuple(full))
 
 
-def _page_locked(matrix_NN: torch.Tensor) -> torch.Tensor:
+def _page_locked(matrix_NN: torch.Tensor, device: torch.device) -> torch.Tensor:
     try:
-        host_NN = torch.empty(matrix_NN.shape, dtype=matrix_NN.dtype, pin_memory=True)
+        # A thread begins on the first device, and torch would ask there for what is free, and make a context.
+        with torch.cuda.device(device):
+            host_NN = torch.empty(matrix_NN.shape, dtype=matrix_NN.dtype, device="cpu", pin_memory=True)
     except RuntimeError:  # there is no more of such memory, or no accelerator: slower, but as good
         return matrix_NN
     np.copyto(host_NN.numpy(), matrix_NN.numpy())

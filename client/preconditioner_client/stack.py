@@ -18,7 +18,7 @@ import torch
 from preconditioner_client.blocks import BlockSlice
 from preconditioner_client.config import Accumulation, StatisticsConfig
 from preconditioner_client.guard import Guard
-from preconditioner_client.transfer import to_host, upload
+from preconditioner_client.transfer import keep_until_used, to_host, upload
 from preconditioner_protos import upper_indices
 
 
@@ -75,8 +75,10 @@ class BlockStack:
         count = len(self.members)
         self.sides = tuple(self.shape[dim] for dim in preconditioned)
         # Per preconditioned side (B, n, n), float32 whatever the parameters are.
-        self.statistics = [torch.zeros(count, n, n, device=device) for n in self.sides]
-        self.preconditioners = [torch.zeros(count, n, n, device=device) for n in self.sides]
+        self.statistics, self.preconditioners = (
+            [torch.zeros(count, n, n, dtype=torch.float32, device=device) for n in self.sides]
+            for _ in range(2)
+        )
         # Accumulations so far, per block: blocks of one stack may miss gradients in different steps.
         self.updates = [0] * count
 
@@ -206,7 +208,9 @@ class BlockStack:
         """
         for number, preconditioners in enumerate(self.preconditioners):
             rows_of = [preconditioners[row] for row in rows]
-            torch._foreach_copy_(rows_of, [new[number] for new in sides])
+            new = [of_row[number] for of_row in sides]
+            torch._foreach_copy_(rows_of, new)
+            keep_until_used(new)
 
     def index_of(self, rows: Sequence[int]) -> slice | torch.Tensor:
         """The rows as a slice, which takes a view, where they follow each other."""

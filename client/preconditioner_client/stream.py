@@ -17,7 +17,7 @@ import torch
 
 from preconditioner_client.connection import Metadata, stub
 from preconditioner_client.exchange import Rejection, Snapshot
-from preconditioner_client.inbox import NotFiniteError, unpack_arrival
+from preconditioner_client.inbox import HOST, NotFiniteError, unpack_arrival
 from preconditioner_client.mailbox import Mailbox
 from preconditioner_client.order import Lane, Order
 from preconditioner_protos import Assembler, Layout, PackedBlock, Refusal, chunk_messages
@@ -181,7 +181,8 @@ class Stream:
             self._mailbox.drop(self._lane, block, step)
             return
         try:
-            arrival = unpack_arrival(outcome, self._layout.sides[block], block in self._spec.pinned)
+            device = self._spec.devices[block] if self._spec.devices else HOST
+            arrival = unpack_arrival(outcome, self._layout.sides[block], device)
         except NotFiniteError as error:
             rejection = _rejection(block, step, pb.NACK_REASON_NOT_FINITE, str(error))
             self._mailbox.drop(self._lane, block, step, rejection)

@@ -1,7 +1,9 @@
 """Copies between an accelerator and the host that the training thread never waits for.
 
-Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way and are handed
-on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
+Snapshots leave through pinned memory on a stream of their own; arrivals come in the same way, on another, and
+are handed on once their copy is done. On the CPU nothing of this is needed, and nothing is done.
+
+What belongs to the host says so, since ``torch.set_default_device`` may have made another the default.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ import torch
 
 from preconditioner_client.exchange import Arrival, Exchange, Rejection, SessionSpec, Snapshot
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies of a CUDA device, made at first use."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+def side_stream(device: torch.device, inward: bool) -> torch.cuda.Stream:
+    """The stream for copies to (``inward``) or from a CUDA device, made at first use.
+
+    One for each way: what leaves waits for the steps before it, and what arrives must not stand behind that.
+    """
+    key = device, inward
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    return _streams[key]
 
 
 def upload(
     values: Sequence[float] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A 1-D tensor of numbers on a device. ``torch.tensor(.., device=..)`` would wait for the device."""
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
@@ -41,8 +47,8 @@ def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
     """
     if tensor.device.type != "cuda":
         return tensor.cpu(), None
-    stream = side_stream(tensor.device)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    stream = side_stream(tensor.device, inward=False)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         host.copy_(tensor, non_blocking=True)
@@ -53,8 +59,20 @@ def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
     return host, event
 
 
+def keep_until_used(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep memory that may be of a side stream's until the work launched so far is done with it.
+
+    To be called where tensors were read. A stream that was current when they came need not be the one now.
+    """
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class UploadingExchange:
     """An exchange whose arrivals are on the accelerator when they are collected.
+
+    Their memory is the side stream's: whoever reads them says so, see :func:`keep_until_used`.
 
     Args:
         inner: where the arrivals come from, on the CPU.
@@ -111,12 +129,10 @@ class UploadingExchange:
 
     def _upload(self, arrival: Arrival) -> tuple[Arrival, torch.cuda.Event]:
         device = self._devices[arrival.block]
-        stream = side_stream(device)
+        stream = side_stream(device, inward=True)
         with torch.cuda.stream(stream):
             # Most come in page-locked memory already, and pin_memory() returns these as they are.
             sides = tuple(side.pin_memory().to(device, non_blocking=True) for side in arrival.sides)
             event = torch.cuda.Event()
             event.record(stream)
-        for side in sides:
-            side.record_stream(torch.cuda.current_stream(device))
         return Arrival(arrival.block, arrival.step, sides), event

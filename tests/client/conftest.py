@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from accelerators import ACCELERATORS, accelerator_named
 from fake_front import FakeFront
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
@@ -47,3 +48,17 @@ class Certificates:
 def certificates(tmp_path_factory) -> Certificates:
     files = make_certificates(tmp_path_factory.mktemp("tls"), ["localhost", "127.0.0.1"])
     return Certificates(files.server_key.read_bytes(), files.server.read_bytes(), str(files.ca))
+
+
+@pytest.fixture(params=ACCELERATORS)
+def accelerator(request):
+    """A pretended one, and where there is one a real one, too."""
+    with accelerator_named(request.param) as accelerator:
+        yield accelerator
+
+
+@pytest.fixture
+def pretended():
+    """The pretended accelerator, where the test looks into it."""
+    with accelerator_named("pretended") as accelerator:
+        yield accelerator

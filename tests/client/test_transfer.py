@@ -1,8 +1,8 @@
-"""Copies to and from an accelerator; what needs one runs where there is one."""
+"""Copies to and from an accelerator."""
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from preconditioner_client.transfer import UploadingExchange, to_host, upload
 from preconditioner_protos import PackedBlock
 from scripted_exchange import ScriptedExchange
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 RIDGE = Ridge(kind=RidgeKind.RELATIVE, value=1e-6)
 
@@ -59,9 +58,9 @@ def exchange(inner):
     return exchange
 
 
-def session(blocks, pinned=()):
+def session(blocks, devices=()):
     specs = tuple(BlockSpec(f"w[{i}]", (2,), (4.0,), RIDGE) for i in range(blocks))
-    return SessionSpec(job="job", epoch=0, blocks=specs, pinned=frozenset(pinned))
+    return SessionSpec(job="job", epoch=0, blocks=specs, devices=tuple(devices))
 
 
 def versions(collected):
@@ -135,39 +134,55 @@ def test_where_there_is_no_page_locked_memory_ordinary_memory_serves(monkeypatch
         raise RuntimeError("cannot pin")
 
     monkeypatch.setattr(torch, "empty", refuse)
-    plain, instead = (unpack_arrival(packed(3), (3,), pinned=pinned).sides[0] for pinned in (False, True))
+    plain, instead = (unpack_arrival(packed(3), (3,), device).sides[0] for device in (CPU, CUDA))
     assert torch.equal(plain, instead)
 
 
-@NEEDS_CUDA
-def test_an_arrival_for_an_accelerator_is_in_page_locked_memory():
-    plain, pinned = (unpack_arrival(packed(3), (3,), pinned=pinned).sides[0] for pinned in (False, True))
+def test_an_arrival_for_an_accelerator_is_in_page_locked_memory(accelerator):
+    plain, pinned = (unpack_arrival(packed(3), (3,), device).sides[0] for device in (CPU, accelerator.device))
     assert pinned.is_pinned()
     assert torch.equal(plain, pinned)
 
 
-@NEEDS_CUDA
-def test_a_preconditioner_comes_to_the_device(inner):
-    exchange = UploadingExchange(inner, [CUDA])
-    exchange.open(dataclasses.replace(session(blocks=1), pinned=frozenset({0})))
+def test_a_thread_that_locks_memory_makes_no_context_on_another_device(pretended):
+    arguments = packed(3), (3,), torch.device("cuda", 1)
+    thread = threading.Thread(target=unpack_arrival, args=arguments)
+    thread.start()
+    thread.join()
+    assert pretended.runtime.pinned
+    assert pretended.runtime.contexts == {1}
+
+
+def test_a_preconditioner_comes_to_the_device(accelerator, inner):
+    exchange = UploadingExchange(inner, [accelerator.device])
+    exchange.open(session(1, [accelerator.device]))
     inner.answer(0, 7, scale=3.0)
     collected = exchange.collect(8)
     while not collected:
         assert exchange.wait(10.0)
         collected = exchange.collect(8)
     (side,) = collected[0].sides
-    assert side.device == CUDA
+    assert side.device == accelerator.device
     assert torch.equal(side.cpu(), 3.0 * torch.eye(2))
 
 
-@NEEDS_CUDA
-def test_neither_way_makes_the_host_wait():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        there = upload([1.0, 2.0], torch.float32, CUDA)
+def test_what_arrives_does_not_stand_behind_the_steps_that_a_snapshot_waits_for(pretended, inner):
+    training = torch.cuda.current_stream(pretended.device)
+    _, left = to_host(torch.ones(3, device=pretended.device))
+    assert training in left.clock
+    exchange = UploadingExchange(inner, [pretended.device])
+    exchange.open(session(1, [pretended.device]))
+    inner.answer(0, 7)
+    assert exchange.collect(8) == []
+    ((_, arrived),) = exchange._under_way
+    assert training not in arrived.clock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8])
+def test_neither_way_makes_the_host_wait(accelerator, dtype):
+    with accelerator.no_waiting():
+        there = upload([1, 2], dtype, accelerator.device)
         host, ready = to_host(there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert ready is not None
     ready.synchronize()
-    assert host.tolist() == [1.0, 2.0]
+    assert host.tolist() == [1, 2]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed_accelerators import SCENARIOS as ON_ACCELERATORS
 from distributed_training import (
     EAGER,
     POLICIES,
@@ -554,6 +555,7 @@ SCENARIOS = [
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
     a_process_group_of_some_ranks,
     no_warning,
+    *ON_ACCELERATORS,
 ]
 
 ON_FOUR_RANKS = [

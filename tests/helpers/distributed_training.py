@@ -113,7 +113,9 @@ def gradient(shape, index, step):
 def set_gradients(model, step, without=()):
     for index, parameter in enumerate(model.parameters()):
         parameter.grad = (
-            None if index in without else gradient(parameter.shape, index, step).to(parameter.dtype)
+            None
+            if index in without
+            else gradient(parameter.shape, index, step).to(parameter.dtype).to(parameter.device)
         )
 
 

@@ -122,7 +122,7 @@ def embedding_factors(indices: torch.Tensor, gradients: torch.Tensor, rows: int)
     """
     g = _flat(gradients)
     flat = indices.reshape(-1)
-    counts = torch.zeros(rows, device=g.device).index_add_(0, flat, torch.ones_like(flat, dtype=g.dtype))
+    counts = g.new_zeros(rows).index_add_(0, flat, torch.ones_like(flat, dtype=g.dtype))
     examples = g.shape[0]
     return Factors(examples, (g.mT @ g).mul_(float(examples) ** 2), counts)
 
