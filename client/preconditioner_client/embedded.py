@@ -259,7 +259,10 @@ class EmbeddedService:
         with self._changed:
             while self._address is None and relay.reason is None and not self._stopping:
                 if time.monotonic() > deadline:
-                    relay.reason = f"it was not ready within {self._start_timeout:g} s"
+                    relay.reason = (
+                        f"it was not ready within {self._start_timeout:g} s; on a machine that is this slow "
+                        f"raise ServiceConfig(start_timeout=...)"
+                    )
                 elif _has_ended(process):
                     break
                 else:

@@ -300,13 +300,18 @@ class Refresher:
             if remaining <= 0 or not exchange.wait(remaining):
                 self._breaker_open = True
                 self.counters["wait_timeouts"] += 1
+                what = f"are older than {self.config.max_staleness} steps"
+                if self.config.adoption is Adoption.SCHEDULED:
+                    what = f"lack the preconditioner that is due {self.config.delay} steps after its snapshot"
                 logger.warning(
-                    "step %d: %d blocks are older than %d steps and nothing came within %.1f s; training "
-                    "goes on with the grafted diagonal step and waits no more until preconditioners arrive",
+                    "step %d: %d blocks %s and nothing came within %.1f s; training goes on with the "
+                    "preconditioners that are no older than %d steps, elsewhere with the grafted diagonal "
+                    "step, and waits no more until preconditioners arrive",
                     step,
                     int(late.sum()),
-                    self.config.max_staleness,
+                    what,
                     self.config.stale_timeout,
+                    self.config.max_staleness,
                 )
                 break
             self._collect(exchange, step)

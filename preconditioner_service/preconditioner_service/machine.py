@@ -29,6 +29,15 @@ def available_cpus() -> int:
     return max(1, cpus)
 
 
+def default_workers() -> int:
+    """One for each core; where torchrun has started several ranks here, a rank's part of them.
+
+    An embedded service inherits ``LOCAL_WORLD_SIZE`` from its rank, and every rank has one of its own.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, available_cpus() // max(1, int(ranks) if ranks.isdecimal() else 1))
+
+
 def _quota_v2() -> tuple[int, int]:
     """Microseconds of CPU time, and of the period in which they may be spent; (0, 0) without a limit."""
     try:

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from preconditioner_protos import MAX_MESSAGE_BYTES
 from preconditioner_service.access import open_policy
-from preconditioner_service.machine import available_cpus, is_loopback, physical_memory
+from preconditioner_service.machine import default_workers, is_loopback, physical_memory
 from preconditioner_service.policy import Policy
 from preconditioner_service.quotas import Quotas
 from preconditioner_service.reloading import Reloading
@@ -77,7 +77,9 @@ class ServeSettings(BaseSettings):
         None, description="existing Ray cluster, host:port or auto; without it a private one is started"
     )
     num_workers: PositiveInt = Field(
-        available_cpus(), description="Ray actors that compute roots; as many as cores that may be used"
+        default_workers(),
+        description="Ray actors that compute roots; as many as cores that may be used, and of embedded "
+        "services beside the ranks of torchrun each a rank's part",
     )
     cpus_per_worker: PositiveInt = Field(1, description="cores of every actor; BLAS is bound to them")
     worker_memory_bytes: int | None = Field(

@@ -127,7 +127,9 @@ def test_a_death_without_reason_is_told_with_its_last_words(start):
 
 def test_a_start_that_takes_too_long_is_given_up(start):
     service = start("import time; time.sleep(1000)", start_timeout=0.3)
-    assert "it was not ready within 0.3 s" in failure(service)
+    text = failure(service)
+    assert "it was not ready within 0.3 s" in text
+    assert "raise ServiceConfig(start_timeout=...)" in text
     assert service.pid is None
 
 

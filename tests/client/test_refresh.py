@@ -175,6 +175,7 @@ def test_wait_gives_up_at_its_timeout_and_then_no_step_waits_until_versions_arri
     assert run.waits == 1
     assert run.wait_timeouts == 1
     assert run.breaker_open
+    assert "1 blocks are older than 10 steps and nothing came within 0.0 s" in caplog.text
     run.exchange.answer(0, 20, scale=3.0)
     assert run.step() == pytest.approx(9.0)
     assert not run.breaker_open
@@ -264,6 +265,14 @@ class TestScheduled:
         assert run.waits == 0
         assert run.step() == pytest.approx(4.0)
         assert run.waits == 1
+
+    def test_giving_up_is_told_as_what_it_is_and_not_as_old_age(self, caplog):
+        run = self.run()
+        with caplog.at_level(logging.WARNING):
+            run.step(10)
+        assert run.wait_timeouts == 1
+        assert "1 blocks lack the preconditioner that is due 6 steps after its snapshot" in caplog.text
+        assert "older than" not in caplog.text.replace("no older than", "")
 
     def test_a_late_one_is_adopted_on_arrival_and_counted(self):
         run = self.run(policy="graft")

@@ -49,6 +49,15 @@ def test_without_cgroups_the_affinity_holds(cgroups):
     assert machine.physical_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [("2", 3), ("4", 1), ("64", 1), ("", 7), ("0", 7), ("two", 7)])
+def test_ranks_of_one_machine_share_its_cores(cgroups, monkeypatch, ranks, workers):
+    cgroups({"cpu.max": "700000 100000"})
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machine.default_workers() == 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert machine.default_workers() == workers
+
+
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
 def test_memory_of_a_container(cgroups, name):
     cgroups({name: "1000000"})

@@ -54,7 +54,7 @@ def test_precedence(monkeypatch, tmp_path):
 def test_defaults():
     settings = parse()
     assert (settings.host, settings.port, settings.ray_address) == ("127.0.0.1", 0, None)
-    assert settings.num_workers == machine.available_cpus()
+    assert settings.num_workers == machine.default_workers()
     assert opens(settings, SECRET)
     assert not opens(settings, "another")
     assert SECRET not in repr(settings)
