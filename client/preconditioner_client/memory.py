@@ -12,7 +12,8 @@ what                    bytes
                         method, momentum
 ``triangles``           8 n (n + 1) / 2 for every different n: the indices that snapshots are packed with
 ``gather_buffers``      (replicas + 1) x c x the values of the largest share of a replica, c the bytes of
-                        the communication's dtype, summed over buckets
+                        the communication's dtype, summed over buckets; c x the values of each block that
+                        is longer than two equal shares, and so in none
 ``temporaries``         the largest moment of a step: two to three w e, and three to four times the
                         largest stack of equal blocks; see :func:`_temporaries`
 ``outbox``              k 4 n (n + 1) / 2 for every side: snapshots, packed; k how many of a block may be

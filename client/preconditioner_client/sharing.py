@@ -1,10 +1,13 @@
-"""Finished updates of every block, from its owner to all replicas: all-gathers of flat buffers, every step.
+"""Finished updates of every block, from its owner to all replicas: collectives over flat buffers, every step.
 
 All ranks lay the buffers out alike, from shapes alone: per replica the directions of the blocks that it owns,
 and before those of the first bucket a head, which says which parameters have a gradient. There is one bucket,
 filled and gathered when all blocks are done; or, if overlap was asked for, many, each of which is under way
 while the blocks of the next are preconditioned. What the owner sent is what every replica applies, the owner
 itself included, so replicas stay bit-identical whatever arrived where and whatever the dtype.
+
+In an all-gather every replica takes up as much as the one with the largest share. A block that is longer than
+two equal shares, as a vocabulary's among many replicas, is broadcast by its owner instead, at its own length.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class _Slot:
     Attributes:
         group: number of the group.
         member: which block.
-        sent: its place in what this rank sends; None if another replica owns it.
+        sent: its place in what this rank sends; None if another replica owns it. In a broadcast it is
+            ``received`` itself.
         received: its place in what all replicas get.
     """
 
@@ -46,23 +50,31 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Bucket:
-    """What one all-gather carries.
+    """What one all-gather carries, and the broadcasts after it.
 
     Attributes:
         group: the last group that has blocks in it.
-        sent: bytes of this replica.
+        sent: bytes of this replica, to be gathered.
         received: bytes of all replicas, one row for each.
         slots: the blocks of all replicas.
+        broadcasts: replicas that own long blocks, and the bytes of these.
         unfinished: pieces of this rank's stacks that it waits for in this step.
-        work: the all-gather under way.
+        works: the collectives under way.
     """
 
     group: int
     sent: torch.Tensor
     received: torch.Tensor
     slots: list[_Slot]
+    broadcasts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     unfinished: int = 0
-    work: dist.Work | None = None
+    works: list[dist.Work] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """For what is under way."""
+        for work in self.works:
+            work.wait()
+        self.works.clear()
 
 
 @dataclass(slots=True)
@@ -76,7 +88,8 @@ class _Piece:
 class SharedUpdates:
     """The buffers, and the collectives that fill them.
 
-    Their memory is ``replicas + 1`` times, summed over buckets, the largest share of a replica.
+    Their memory is ``replicas + 1`` times, summed over buckets, the largest share of a replica, and once that
+    of the blocks which are broadcast.
 
     A step is :meth:`begin`, then for each group in order :meth:`begin_group`, :meth:`finished` for every one
     of its :meth:`pieces` and :meth:`end_group`, and at last :meth:`complete`. Groups without any gradient may
@@ -124,7 +137,8 @@ class SharedUpdates:
 
     def _bucket(self, content: list[tuple[int, PlannedBlock]], head: int, device: torch.device) -> _Bucket:
         ranks, dtype = self._ranks, self._ranks.communication_dtype
-        owned = _owned(content, ranks.replicas)
+        gathered, broadcast = _parted(content, ranks.replicas)
+        owned = _owned(gathered, ranks.replicas)
         part = head + _aligned(max(owned) * dtype.itemsize)
         # Bytes, since not every backend gathers every dtype.
         sent = torch.zeros(part, dtype=torch.uint8, device=device)
@@ -133,7 +147,7 @@ class SharedUpdates:
         incoming = received[:, head:].view(dtype)
         slots = []
         filled = [0] * ranks.replicas
-        for group, block in content:
+        for group, block in gathered:
             place = block.member.place
             span = slice(filled[block.replica], filled[block.replica] + place.numel)
             filled[block.replica] += place.numel
@@ -146,7 +160,15 @@ class SharedUpdates:
                     received=incoming[block.replica, span].view(place.shape),
                 )
             )
-        return _Bucket(content[-1][0], sent, received, slots)
+        bucket = _Bucket(content[-1][0], sent, received, slots)
+        for group, block in broadcast:
+            place = block.member.place
+            alone = torch.zeros(place.numel * dtype.itemsize, dtype=torch.uint8, device=device)
+            view = alone.view(dtype).view(place.shape)
+            own = block.replica == ranks.replica
+            slots.append(_Slot(group, block.member, sent=view if own else None, received=view))
+            bucket.broadcasts.append((block.replica, alone))
+        return bucket
 
     def pieces(self, entry: StackPlan) -> list[_Piece]:
         """The rows of a stack of this rank in the pieces in which they are best finished, in order."""
@@ -159,9 +181,8 @@ class SharedUpdates:
             gradients: for each group; which parameters have one is told to the other replicas.
         """
         for bucket in self._buckets:
-            if bucket.work is not None:  # a step before was broken off
-                bucket.work.wait()
-            bucket.work, bucket.unfinished = None, 0
+            bucket.wait()  # a step before may have been broken off
+            bucket.unfinished = 0
         for pieces in self._pieces.values():
             for piece in pieces:
                 self._buckets[piece.bucket].unfinished += 1
@@ -212,9 +233,7 @@ class SharedUpdates:
         while self._launched < len(self._buckets):
             self._launch(self._buckets[self._launched])
         for bucket in self._buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
-                bucket.work = None
+            bucket.wait()
         self._updates.clear()
         self._check()
         present = [
@@ -237,12 +256,21 @@ class SharedUpdates:
             torch._foreach_copy_([sent for sent, _ in own], [view for _, view in own])
         # The older name is deprecated from torch 2.13 on.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        bucket.work = gather(
-            bucket.received.view(-1),
-            bucket.sent,
-            group=self._ranks.replica_group,
-            async_op=self._ranks.bucket_bytes is not None,
-        )
+        overlapped = self._ranks.bucket_bytes is not None
+        works = []
+        if bucket.sent.numel():
+            works.append(
+                gather(
+                    bucket.received.view(-1),
+                    bucket.sent,
+                    group=self._ranks.replica_group,
+                    async_op=overlapped,
+                )
+            )
+        for replica, alone in bucket.broadcasts:
+            owner = self._ranks.grid[replica][self._ranks.shard]
+            works.append(dist.broadcast(alone, owner, group=self._ranks.replica_group, async_op=overlapped))
+        bucket.works = [work for work in works if work is not None]
         self._launched += 1
 
     def _mark(self, pattern: tuple[bool, ...]) -> None:
@@ -297,11 +325,22 @@ def bucketed(plans: Sequence[GroupPlan], ranks: Ranks) -> list[list[tuple[int, P
 def gather_bytes(plans: Sequence[GroupPlan], ranks: Ranks) -> int:
     """Memory of the buffers of :class:`SharedUpdates` on every replica."""
     head = _aligned(sum(len(plan.names) for plan in plans))
-    parts = [
-        _aligned(max(_owned(content, ranks.replicas)) * ranks.communication_dtype.itemsize)
-        for content in bucketed(plans, ranks)
-    ]
-    return (ranks.replicas + 1) * (head + sum(parts)) if parts and ranks.replicas > 1 else 0
+    parted = [_parted(content, ranks.replicas) for content in bucketed(plans, ranks)]
+    if not parted or ranks.replicas == 1:
+        return 0
+    width = ranks.communication_dtype.itemsize
+    parts = [_aligned(max(_owned(gathered, ranks.replicas)) * width) for gathered, _ in parted]
+    broadcast = sum(block.member.place.numel for _, alone in parted for _, block in alone)
+    return (ranks.replicas + 1) * (head + sum(parts)) + broadcast * width
+
+
+def _parted(
+    content: Sequence[tuple[int, PlannedBlock]], replicas: int
+) -> tuple[list[tuple[int, PlannedBlock]], list[tuple[int, PlannedBlock]]]:
+    """The blocks of a bucket that are gathered, and the long ones, fewer than half the replicas."""
+    longest = 2 * sum(block.member.place.numel for _, block in content) / replicas
+    gathered = [(group, block) for group, block in content if block.member.place.numel <= longest]
+    return gathered, [(group, block) for group, block in content if block.member.place.numel > longest]
 
 
 def _owned(content: Sequence[tuple[int, PlannedBlock]], replicas: int) -> list[int]:

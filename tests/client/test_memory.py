@@ -177,6 +177,16 @@ def test_a_model_that_does_not_fit_here():
     assert estimate.persistent + estimate.temporaries + estimate.arrivals == estimate.device
 
 
+@pytest.mark.parametrize("replicas", [2, 4, 16, 64])
+def test_a_vocabulary_does_not_take_room_for_every_replica(replicas):
+    """Its embedding is one block; padded to it, the buffers would grow with the number of replicas."""
+    shapes = [(50257, 768), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12]
+    parameters = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in shapes]
+    optimizer = Shampoo(parameters, service=LocalExchange())
+    whole = 4 * sum(p.numel() for p in parameters)
+    assert optimizer.estimate_memory(replicas=replicas).gather_buffers < 2 * whole
+
+
 def test_a_replica_that_is_none():
     optimizer = make([(4, 4)])
     with pytest.raises(ValueError, match=r"replica must be in \[0, 2\), not 2"):

@@ -193,7 +193,7 @@ def an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned(folder):
     train(model, optimizer, range(8))
     shared = optimizer._engine._shared
     launch, stacks = shared._launch, [e.stack for plan in optimizer._engine.plans for e in plan.stacks]
-    shared._launch = lambda bucket: (launch(bucket), events.append(("sent", bucket.work is not None)))
+    shared._launch = lambda bucket: (launch(bucket), events.append(("sent", bool(bucket.works))))
     for stack in stacks:
         whole = stack.precondition
         stack.precondition = lambda *args, whole=whole: (events.append(("product",)), whole(*args))[1]
@@ -201,6 +201,32 @@ def an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned(folder):
     assert ("sent", False) not in events
     first, last = events.index(("sent", True)), len(events) - 1 - events[::-1].index(("product",))
     assert first < last, events
+
+
+def a_long_block_is_broadcast_and_takes_its_own_length(folder):
+    """As a vocabulary's: one block that is longer than two of four equal shares, and not one of two."""
+    ranks = dist.get_world_size()
+    blocking = BlockingConfig(block_size=8, max_side=64)
+    for distributed in (DistributedConfig(), DistributedConfig(overlap=True, bucket_bytes=300)):
+        models = []
+        for where in (distributed, "off"):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(12, 600), nn.Linear(8, 8)))
+            optimizer = make_optimizer(models[-1], blocking=blocking, distributed=where)
+            for step in range(12):
+                # The long blocks' parameter has no gradient in some steps.
+                train(models[-1], optimizer, [step], {0} if step % 4 == 1 else ())
+            if where != "off":
+                shared, estimate = optimizer._engine._shared, optimizer.estimate_memory()
+                assert optimizer.estimate_memory(replicas=ranks, replica=dist.get_rank()) == estimate
+        assert_same(*models)
+        assert_replicas_are_equal(models[0])
+        long = [alone for bucket in shared._buckets for _, alone in bucket.broadcasts]
+        buffers = [t for bucket in shared._buckets for t in (bucket.sent, bucket.received)]
+        assert sum(t.numel() for t in [*long, *buffers]) == estimate.gather_buffers
+        if not distributed.overlap:
+            assert [t.numel() for t in long] == ([4 * 600 * 8] if ranks == 4 else [])
+        assert bool(long) is (ranks == 4)
 
 
 def memory_of_owners_and_others_is_as_the_formula_has_it(folder):
@@ -538,6 +564,7 @@ SCENARIOS = [
     every_block_has_one_owner_and_the_work_is_balanced,
     overlapped_updates_are_those_of_one_all_gather,
     an_all_gather_is_under_way_while_the_next_blocks_are_preconditioned,
+    a_long_block_is_broadcast_and_takes_its_own_length,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
     attached_replicas_stay_bit_identical_whatever_arrives_when,
@@ -562,6 +589,7 @@ ON_FOUR_RANKS = [
     several_ranks_give_the_bits_of_one,
     every_block_has_one_owner_and_the_work_is_balanced,
     overlapped_updates_are_those_of_one_all_gather,
+    a_long_block_is_broadcast_and_takes_its_own_length,
     memory_of_owners_and_others_is_as_the_formula_has_it,
     replicas_stay_bit_identical_whatever_arrives_when,
     attached_replicas_stay_bit_identical_whatever_arrives_when,
