@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def check_number(name: str, value: object) -> None:
@@ -61,5 +64,7 @@ def config(name: str, value: object, default: C) -> C:
     if value is None:
         return default
     if not isinstance(value, type(default)):
-        raise ValueError(f"{name} must be a {type(default).__name__}, not {value!r}")
+        kind = type(default).__name__
+        fields = [field.name for field in dataclasses.fields(type(default)) if field.init]
+        raise ValueError(f"{name} must be a {kind}, not {value!r}: give {kind}({'=.., '.join(fields)}=..)")
     return value

@@ -64,7 +64,10 @@ def test_the_common_case_learns_faster_than_its_diagonal_alone():
         ({"momentum": -0.1}, "momentum must be >= 0, not -0.1"),
         ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
         ({"nesterov": True}, "nesterov needs momentum > 0"),
-        ({"grafting": "adam"}, "grafting must be a GraftingConfig, not 'adam'"),
+        (
+            {"grafting": "adam"},
+            r"grafting must be a GraftingConfig, not 'adam': give GraftingConfig\(method=.., ",
+        ),
     ],
 )
 def test_settings_outside_their_range(settings, message):
