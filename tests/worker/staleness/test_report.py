@@ -12,7 +12,7 @@ from preconditioner_worker.staleness import Study, StudyRun, Verdict, analyse, r
 from preconditioner_worker.staleness.completeness import missing
 from preconditioner_worker.staleness.report import headline, markdown
 
-COMMITTED = Path(__file__).parents[3] / "worker" / "results" / "staleness"
+COMMITTED = Path(__file__).parents[3] / "worker" / "results"
 
 
 def test_verdicts_of_a_valid_study(study_runs: list[StudyRun]) -> None:
@@ -153,7 +153,8 @@ def test_a_report_is_made_of_the_files_alone(study_runs: list[StudyRun], tmp_pat
         assert (tmp_path / "again" / name).read_bytes() == (study.folder / name).read_bytes()
 
 
-def test_the_committed_report_comes_from_the_committed_runs(tmp_path: Path) -> None:
-    report(COMMITTED, tmp_path)
+@pytest.mark.parametrize("study", ["staleness", "staleness-regression"])
+def test_the_committed_report_comes_from_the_committed_runs(study: str, tmp_path: Path) -> None:
+    report(COMMITTED / study, tmp_path)
     for name in ("report.md", "analysis.json"):
-        assert (tmp_path / name).read_bytes() == (COMMITTED / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (COMMITTED / study / name).read_bytes()
