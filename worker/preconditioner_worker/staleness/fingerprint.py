@@ -26,6 +26,8 @@ CODE = (
     "preconditioner_worker.staleness.optimizers",
     "preconditioner_worker.staleness.regression_task",
     "preconditioner_worker.staleness.specs",
+    "preconditioner_worker.staleness.task",
+    "preconditioner_worker.staleness.tasks",
     "preconditioner_worker.staleness.text_task",
     "preconditioner_worker.staleness.training",
 )
