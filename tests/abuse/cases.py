@@ -42,7 +42,7 @@ def _case(
 
 
 ENDED_BY_GRPC = "CANCELLED"
-"""What gRPC answers where it ends a call itself, as one whose message claims too much, before the service has."""
+"""What gRPC answers where it ends a call before the service has, as one whose message claims too much."""
 
 CASES = (
     _case(attacks.claims_of_huge_sides, 100, "RESOURCE_EXHAUSTED"),
