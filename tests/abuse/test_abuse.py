@@ -12,8 +12,17 @@ from measure import MIB, SETTINGS, HonestJob, Outcome, judged, measure
 
 from service_process import ServiceProcess
 
-_FILLS = {attacks.dropped_sessions, attacks.unread_pushes, attacks.idle_connections}
-"""These leave no room for sessions or connections of other attacks."""
+_FILLS = {
+    attacks.dropped_sessions,
+    attacks.unread_pushes,
+    attacks.idle_connections,
+    attacks.rapid_resets,
+}
+"""These leave no room for sessions, connections or new calls of other attacks.
+
+Where resets come fast enough for the calls that wait to begin to reach their bound, gRPC ends others with
+CANCELLED, and these would be taken for answers to the attacks beside.
+"""
 
 _ONE_BY_ONE = [[case] for case in CASES if case.attack in _FILLS]
 _TOGETHER = [case for case in CASES if case.attack not in _FILLS]
