@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from accelerators import ACCELERATORS, accelerator_named
+from distributed_ranks import run_ranks
 from fake_front import FakeFront
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
@@ -62,3 +63,21 @@ def pretended():
     """The pretended accelerator, where the test looks into it."""
     with accelerator_named("pretended") as accelerator:
         yield accelerator
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """That all ranks of a module share."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(request, folder):
+    """Two ranks that have run what ``TWO`` of the test's module names of the scenarios in its ``MODULE``."""
+    return run_ranks(request.module.MODULE, 2, folder, *request.module.TWO)
+
+
+@pytest.fixture(scope="module")
+def four(request, folder, two):
+    """Four ranks and ``FOUR``, some of whose scenarios read what two ranks have saved."""
+    return run_ranks(request.module.MODULE, 4, folder, *request.module.FOUR)

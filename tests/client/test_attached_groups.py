@@ -6,6 +6,7 @@ import copy
 import io
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -263,8 +264,7 @@ def test_a_dict_in_place_of_a_group_s_config(option):
 
 
 def test_numbers_of_numpy_name_groups_too():
-    numpy = pytest.importorskip("numpy")
-    model, x, y, optimizer, handle = attached({numpy.int64(1): None})
+    model, x, y, optimizer, handle = attached({np.int64(1): None})
     backward(model, x, y)
     optimizer.step()
     assert handle.metrics()["blocks"] == 2

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from distributed_training import assert_same
 from preconditioner_client import (
     BlockingConfig,
     GraftingConfig,
@@ -70,11 +71,6 @@ def resumed(groups, saved):
 
 def tensors(states):
     return [value for state in states for value in state.values() if torch.is_tensor(value)]
-
-
-def assert_same(model, other):
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
 GROUPS = {0: OWN, 1: None}

@@ -22,16 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_training
 from distributed_shard_checkpoints import Warnings
-from distributed_training import assert_replicas_are_equal, on_all_ranks
+from distributed_training import assert_replicas_are_equal, assert_same, on_all_ranks
 from framework_training import data, make, small_model
 from preconditioner_client.adapters import consolidate, hf_callback, lightning_callback, metrics_source
 
 ATTACHED = {"shampoo": False, "attached": True}
-
-
-def assert_same(model, other):
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
 
 
 def assert_trained(model, optimizer, steps):

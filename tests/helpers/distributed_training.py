@@ -129,6 +129,12 @@ def weights(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def assert_same(model, other):
+    """Two models have the same bits."""
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
+
+
 def assert_replicas_are_equal(model):
     """Every rank has the same bits."""
     flat = torch.cat([p.detach().to(torch.float32).reshape(-1) for p in model.parameters()])

@@ -13,41 +13,25 @@ from distributed_checkpoints import (
     assert_continues_as_uninterrupted,
     resume,
 )
-from distributed_ranks import run_ranks
 from distributed_training import make_model, make_optimizer
 
 MODULE = "distributed_checkpoints"
-ON_FOUR_RANKS = [
+TWO = [scenario.__name__ for scenario in SCENARIOS]
+FOUR = [
     "all_ranks_resume_from_one_file",
     "load_with_torch",
     "an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch",
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(MODULE, 2, folder)
-
-
-@pytest.fixture(scope="module")
-def four(folder, two):
-    """Four ranks that go on with what two have left."""
-    return run_ranks(MODULE, 4, folder, *ON_FOUR_RANKS)
-
-
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+@pytest.mark.parametrize("scenario", TWO)
 def test_two_ranks(two, scenario):
     two.require(scenario)
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("scenario", ON_FOUR_RANKS)
+@pytest.mark.parametrize("scenario", FOUR)
 def test_four_ranks_resume_from_two(four, scenario):
     four.require(scenario)
 

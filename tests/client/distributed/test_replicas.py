@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_ranks import run_ranks
 from distributed_replicas import ON_FOUR_RANKS, SCENARIOS
 
 MODULE = "distributed_replicas"
 TWO = [scenario.__name__ for scenario in SCENARIOS]
 FOUR = [scenario.__name__ for scenario in ON_FOUR_RANKS]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run_ranks(MODULE, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return run_ranks(MODULE, 4, tmp_path_factory.mktemp("four"), *FOUR)
 
 
 @pytest.mark.timeout(150)

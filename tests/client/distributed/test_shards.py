@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_ranks import run_ranks
 from distributed_shards import ON_FOUR_RANKS, ON_TWO_RANKS
 
 MODULE = "distributed_shards"
 TWO = [scenario.__name__ for scenario in ON_TWO_RANKS]
 FOUR = [scenario.__name__ for scenario in ON_FOUR_RANKS]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("shards")
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(MODULE, 2, folder, *TWO)
-
-
-@pytest.fixture(scope="module")
-def four(folder, two):
-    """Four ranks, some of whose scenarios read what two ranks have saved."""
-    return run_ranks(MODULE, 4, folder, *FOUR)
 
 
 @pytest.mark.timeout(150)

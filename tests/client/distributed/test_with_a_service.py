@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_ranks import run_ranks
 from distributed_service import ON_FOUR_RANKS, ON_TWO_RANKS
 from distributed_service_runs import (
     a_run_resumes_from_one_file,
@@ -28,16 +27,6 @@ def folder(tmp_path_factory):
         patch.setenv(ADDRESS, service.address)
         train_alone(folder)
         yield folder
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(MODULE, 2, folder, *TWO)
-
-
-@pytest.fixture(scope="module")
-def four(folder, two):
-    return run_ranks(MODULE, 4, folder, *FOUR)
 
 
 @pytest.mark.timeout(180)

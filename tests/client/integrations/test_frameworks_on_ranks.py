@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_ranks import run_ranks
-
+MODULE = "distributed_frameworks"
 # Not from their module, whose frameworks take seconds to import in every process that collects tests.
-SCENARIOS = [
+TWO = [
     "the_hugging_face_trainer_resumes_bit_for_bit",
     "lightning_resumes_bit_for_bit",
     "accelerate_resumes_bit_for_bit",
@@ -15,12 +14,7 @@ SCENARIOS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run_ranks("distributed_frameworks", 2, tmp_path_factory.mktemp("two"), *SCENARIOS)
-
-
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", TWO)
 def test_two_ranks(two, scenario):
     two.require(scenario)
