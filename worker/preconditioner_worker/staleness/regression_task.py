@@ -24,7 +24,7 @@ _INPUTS = 32
 _TEACHER_WIDTHS = (_INPUTS, 16, 16, 16)
 _STUDENT_WIDTHS = (_INPUTS, 32, 32, 16)
 _TEACHER, _BASIS, _HELD_OUT = (0xFACE, 0), (0xFACE, 1), (0xFACE, 2)
-"""Seeds; those of runs are single numbers with a step."""
+"""Seeds, of two numbers as those of batches are: no run should have the seed 0xFACE."""
 
 
 class RegressionTask(Task):
