@@ -42,17 +42,29 @@ def block_state(
     for side, statistics in enumerate(stack.statistics):
         state[f"statistics.{side}"] = taken(statistics[held.row])
         state[f"preconditioner.{side}"] = taken(stack.preconditioners[side][held.row])
+    if stack.averages is not None:
+        state["average"] = taken(stack.averages[held.row])
     if refresher.config.adoption is Adoption.SCHEDULED:
         state.update(_in_flight(engine, held) if under_way else _shapes_in_flight(engine, held))
     return state
 
 
-def blank_block_state(sides: Sequence[int], config: StalenessConfig) -> dict[str, Any]:
-    """The keys of :func:`block_state` for a block with these sides, with tensors of the right shapes."""
+def blank_block_state(
+    sides: Sequence[int], config: StalenessConfig, average: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """The keys of :func:`block_state`, with tensors of the right shapes, on the host.
+
+    Args:
+        sides: of the block that are preconditioned.
+        config: of the optimizer.
+        average: shape of the block, if its preconditioned gradients are averaged.
+    """
     state: dict[str, Any] = dict.fromkeys(("updates", "version", "first_adopted", "last_snapshot"), 0)
     for side, n in enumerate(sides):
         state[f"statistics.{side}"] = _host_matrix(n, n)
         state[f"preconditioner.{side}"] = _host_matrix(n, n)
+    if average is not None:
+        state["average"] = torch.zeros(average, dtype=torch.float32, device="cpu")
     if config.adoption is Adoption.SCHEDULED:
         places = config.snapshots_in_flight
         state["in_flight.steps"] = torch.empty(places, dtype=torch.int64, device="cpu")
@@ -82,6 +94,8 @@ def restore_block(
     ):
         _copy_or_zero(statistics[held.row], state.get(f"statistics.{side}"))
         _copy_or_zero(preconditioners[held.row], state.get(f"preconditioner.{side}"))
+    if stack.averages is not None:
+        _copy_or_zero(stack.averages[held.row], state.get("average"))
     if engine.refresher.config.adoption is Adoption.SCHEDULED and "in_flight.steps" in state:
         sides = [state[f"in_flight.{side}"].detach().cpu() for side in range(len(stack.sides))]
         for place, step in enumerate(state["in_flight.steps"].tolist()):

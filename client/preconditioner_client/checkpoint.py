@@ -18,6 +18,7 @@ key                             value
 ``block.B.last_snapshot``       int, step of the newest snapshot
 ``block.B.statistics.I``        (n, n) of the I-th preconditioned side
 ``block.B.preconditioner.I``    (n, n), 0 without a version
+``block.B.average``             with ``momentum_of="preconditioned"`` only: of the block's shape
 ``block.B.in_flight.steps``     with a schedule only: (m,) int64, steps of the snapshots that it still waits
                                 for, -1 in unused places
 ``block.B.in_flight.I``         with a schedule only: (m, n (n + 1) / 2), these snapshots, packed
@@ -30,7 +31,7 @@ from shapes and settings alone, as ``torch.distributed.checkpoint`` needs it.
 Per group: the scalar settings, and ``preconditioner_format``, ``preconditioner_step``,
 ``preconditioner_epoch`` and ``preconditioner_shards`` (over how many ranks a parameter's rows were divided).
 The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) stand there as text, for people:
-those of the program that loads hold.
+those of the program that loads hold, and so does its ``momentum_of``, which a group has if it was given.
 
 Every rank has the keys of the blocks that it owns; elementwise tensors are placed as their parameters are.
 """
@@ -69,6 +70,8 @@ SHARDS_KEY = "preconditioner_shards"
 
 ELEMENTWISE = ("exp_avg", "second_moment", "momentum_buffer")
 _SETTINGS = ("grafting", "statistics", "blocking", "root")
+_PROGRAMS = (*_SETTINGS, "momentum_of")
+"""What a program that loads keeps of its own."""
 BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
@@ -146,10 +149,15 @@ def exported(engine: Engine, state_dict: dict[str, Any], blocks: bool = True) ->
 def with_settings(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The groups of a checkpoint with the settings objects of the running program, and no state."""
     groups = [
-        {**saved, **{key: group[key] for key in _SETTINGS}}
+        {**_numbers(saved), **{key: group[key] for key in _PROGRAMS if key in group}}
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state_dict, "state": {}, "param_groups": groups}
+
+
+def _numbers(saved: dict[str, Any]) -> dict[str, Any]:
+    """A group of a checkpoint without what the program has of its own."""
+    return {key: value for key, value in saved.items() if key not in _PROGRAMS}
 
 
 def read(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:

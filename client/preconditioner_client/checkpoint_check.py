@@ -204,6 +204,8 @@ def _check_block(name: str, state: dict[str, Any], held: PlannedRow) -> dict[str
     for side, n in enumerate(held.entry.stack.sides):
         shapes[f"{prefix}.statistics.{side}"] = (n, n)
         shapes[f"{prefix}.preconditioner.{side}"] = (n, n)
+    if held.entry.stack.averages is not None:
+        shapes[f"{prefix}.average"] = held.entry.stack.shape
     under_way = state.get(f"{prefix}.in_flight.steps")
     if under_way is not None:
         _check_tensor(name, f"{prefix}.in_flight.steps", under_way)

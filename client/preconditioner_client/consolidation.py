@@ -113,7 +113,8 @@ def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
             if me == owner:
                 _send(engine, held[block.member.parameter, block.key], to, device)
             else:
-                state = blank_block_state(block.sides, engine.refresher.config)
+                average = block.member.place.shape if plan.settings.averages else None
+                state = blank_block_state(block.sides, engine.refresher.config, average)
                 _receive(state, owner, device)
                 of_group[block.member.parameter].update(
                     {f"block.{block.key}.{k}": v for k, v in state.items()}

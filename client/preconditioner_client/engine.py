@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from preconditioner_client.agreement import Described, agree
+from preconditioner_client.averaging import Averaging
 from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
@@ -272,6 +273,7 @@ class Engine:
         updates: MaybeTensors,
         grafting: GraftingConfig,
         usable: Mask,
+        averaging: Averaging | None = None,
     ) -> None:
         """Replace the diagonal direction in ``updates`` wherever a block of this rank has a usable version.
 
@@ -283,6 +285,7 @@ class Engine:
             updates: the grafted diagonal directions, contiguous; overwritten block by block.
             grafting: whether a block takes the length of what it replaces, and how it is blended in.
             usable: as :meth:`advance` returned it.
+            averaging: of preconditioned gradients, if it comes before grafting.
         """
         shared = self._sharing()
         number = next(i for i, known in enumerate(self.plans) if known is plan)
@@ -290,13 +293,16 @@ class Engine:
             shared.begin_group(number, updates)
         for entry in plan.stacks:
             mask = usable[entry.first : entry.first + len(entry.stack)]
-            rows = tuple(row for row in entry.rows_with(updates) if mask[row])
+            present = entry.rows_with(updates)
+            if averaging is not None and present:
+                averaging.decay_blocks(entry.stack, present)
+            rows = tuple(row for row in present if mask[row])
             if shared is None:
-                self._precondition(entry, rows, filtered, updates, grafting)
+                self._precondition(entry, rows, filtered, updates, grafting, averaging)
                 continue
             for piece in shared.pieces(entry):
                 within = tuple(row for row in rows if piece.rows[0] <= row <= piece.rows[-1])
-                self._precondition(entry, within, filtered, updates, grafting)
+                self._precondition(entry, within, filtered, updates, grafting, averaging)
                 shared.finished(number, piece)
         if shared is not None:
             shared.end_group(number)
@@ -308,10 +314,13 @@ class Engine:
         filtered: MaybeTensors,
         updates: MaybeTensors,
         grafting: GraftingConfig,
+        averaging: Averaging | None,
     ) -> None:
         if not rows:
             return
         blocks = entry.stack.precondition(entry.stack.gather(filtered, rows), rows)
+        if averaging is not None:
+            blocks = averaging.add_blocks(entry.stack, rows, blocks)
         diagonal = entry.stack.gather(updates, rows)
         weights = self._blend(entry, rows, grafting.blend_steps)
         entry.stack.scatter(graft(grafting, blocks, diagonal, weights), updates, rows)

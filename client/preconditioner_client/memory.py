@@ -9,7 +9,8 @@ what                    bytes
 ``statistics``          4 n² for every preconditioned side
 ``preconditioners``     4 n² for every preconditioned side
 ``moments``             w e for each of: gradient's EMA (``beta1 > 0``), second moment of the grafting
-                        method, momentum
+                        method, momentum; and with ``momentum_of="preconditioned"`` 4 times the elements of
+                        every block that this rank owns
 ``triangles``           8 n (n + 1) / 2 for every different n: the indices that snapshots are packed with
 ``gather_buffers``      (replicas + 1) x c x the values of the largest share of a replica, c the bytes of
                         the communication's dtype, summed over buckets; c x the values of each block that
@@ -38,7 +39,6 @@ import torch
 
 from preconditioner_client.config import StalenessConfig
 from preconditioner_client.distribution import DistributedConfig, Ranks, is_dtensor
-from preconditioner_client.grafting import needs_second_moment
 from preconditioner_client.plan import GroupPlan, GroupSettings, LeftAlone, Loads, plan_group
 from preconditioner_client.sharing import gather_bytes
 from preconditioner_client.step_memory import (
@@ -50,6 +50,7 @@ from preconditioner_client.step_memory import (
     working_bytes,
     working_copies,
 )
+from preconditioner_client.update_rule import state_keys
 from preconditioner_protos import packed_length
 
 
@@ -157,7 +158,7 @@ def memory_of_blocks(
     return MemoryEstimate(
         statistics=full,
         preconditioners=full,
-        moments=sum(_moments(group) for group in groups),
+        moments=sum(_moments(group) for group in groups) + sum(_averages(plan) for plan in plans),
         triangles=triangle_bytes(sides),
         gather_buffers=gather_bytes(plans, ranks),
         arrivals=under_way * full if deferred(groups) else 0,
@@ -203,8 +204,13 @@ def ranks_as_if(
 
 
 def _moments(group: dict[str, Any]) -> int:
-    kinds: int = (group["beta1"] > 0) + needs_second_moment(group["grafting"]) + (group["momentum"] > 0)
-    return kinds * working_bytes(group["params"])
+    return len(state_keys(group)) * working_bytes(group["params"])
+
+
+def _averages(plan: GroupPlan) -> int:
+    if not plan.settings.averages:
+        return 0
+    return sum(4 * len(entry.stack) * entry.stack.members[0].place.numel for entry in plan.stacks)
 
 
 def _temporaries(groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from preconditioner_client.averaging import averages_first
 from preconditioner_client.blocks import Partition, partition
 from preconditioner_client.config import BlockingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.distribution import Ranks
@@ -18,16 +19,30 @@ from preconditioner_client.stack import BlockStack, Member
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSettings:
-    """What a group's blocks are made with."""
+    """What a group's blocks are made with.
+
+    Attributes:
+        blocking: how parameters are cut.
+        statistics: how they are accumulated.
+        root: ridge and exponent.
+        averages: whether preconditioned gradients are averaged, see
+            :mod:`preconditioner_client.averaging`.
+    """
 
     blocking: BlockingConfig
     statistics: StatisticsConfig
     root: RootConfig
+    averages: bool = False
 
     @staticmethod
     def of(group: dict[str, Any]) -> GroupSettings:
         """Those of a parameter group that has them beside its numbers."""
-        return GroupSettings(blocking=group["blocking"], statistics=group["statistics"], root=group["root"])
+        return GroupSettings(
+            blocking=group["blocking"],
+            statistics=group["statistics"],
+            root=group["root"],
+            averages=averages_first(group),
+        )
 
     def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:
         """How a parameter is cut, see :func:`partition`; ``index`` is its position in the group."""
@@ -37,7 +52,7 @@ class GroupSettings:
         self, members: Sequence[Member], preconditioned: tuple[int, ...], device: torch.device
     ) -> BlockStack:
         """What keeps blocks of one shape."""
-        return BlockStack(members, preconditioned, self.statistics, device)
+        return BlockStack(members, preconditioned, self.statistics, device, self.averages)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

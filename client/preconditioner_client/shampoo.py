@@ -12,10 +12,11 @@ For each block of a parameter with gradient G (arXiv 1802.09568, arXiv 2002.0901
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
+from preconditioner_client.averaging import GRAFTED
 from preconditioner_client.config import (
     BlockingConfig,
     GraftingConfig,
@@ -43,6 +44,9 @@ class Shampoo(PreconditionedOptimizer):
         beta1: decay of the gradient's EMA, bias-corrected; 0 turns it off.
         momentum: heavy-ball factor over the preconditioned updates, as in ``torch.optim.SGD``.
         dampening: of the momentum.
+        momentum_of: what it averages. ``"grafted"``: updates that have their length, as above.
+            ``"preconditioned"``: gradients before they are grafted, as published in 2020, see
+            :mod:`preconditioner_client.averaging`; it takes the memory of another moment.
         nesterov: look-ahead form of the momentum.
         weight_decay: factor.
         decoupled_weight_decay: ``w <- (1 - lr weight_decay) w`` (AdamW) rather than a term in the gradient.
@@ -80,6 +84,7 @@ class Shampoo(PreconditionedOptimizer):
         beta1: float = 0.9,
         momentum: float = 0.0,
         dampening: float = 0.0,
+        momentum_of: Literal["grafted", "preconditioned"] = "grafted",
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -93,7 +98,7 @@ class Shampoo(PreconditionedOptimizer):
         job: str | None = None,
         distributed: str | DistributedConfig = AUTO,
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "beta1": beta1,
             "momentum": momentum,
@@ -107,6 +112,9 @@ class Shampoo(PreconditionedOptimizer):
             "blocking": config("blocking", blocking, BlockingConfig()),
             "root": config("root", root, RootConfig()),
         }
+        if momentum_of != GRAFTED:
+            # Groups without the key are as they were before there was another order, checkpoints, too.
+            defaults["momentum_of"] = momentum_of
         freshness = config("staleness", staleness, StalenessConfig())
         super().__init__(params, defaults, lambda: Engine(freshness, service, job, distributed))
 

@@ -58,7 +58,15 @@ class Taken:
 
 
 class BlockStack:
-    """Statistics and preconditioners of B blocks of one shape."""
+    """Statistics and preconditioners of B blocks of one shape.
+
+    Args:
+        members: the blocks.
+        preconditioned: their dimensions that have a preconditioner.
+        statistics: how they are accumulated.
+        device: of the parameters.
+        averages: whether momentum averages preconditioned gradients, which are kept here then.
+    """
 
     def __init__(
         self,
@@ -66,6 +74,7 @@ class BlockStack:
         preconditioned: tuple[int, ...],
         statistics: StatisticsConfig,
         device: torch.device,
+        averages: bool = False,
     ) -> None:
         self.members = tuple(members)
         self.shape = self.members[0].place.shape
@@ -78,6 +87,10 @@ class BlockStack:
         self.statistics, self.preconditioners = (
             [torch.zeros(count, n, n, dtype=torch.float32, device=device) for n in self.sides]
             for _ in range(2)
+        )
+        # (B, d0 .. dk)
+        self.averages = (
+            torch.zeros(count, *self.shape, dtype=torch.float32, device=device) if averages else None
         )
         # Accumulations so far, per block: blocks of one stack may miss gradients in different steps.
         self.updates = [0] * count
@@ -136,8 +149,7 @@ class BlockStack:
                 if guard is not None and ema:
                     guard.decay_([part], beta)
                 part.baddbmm_(unfolded, unfolded.mT, beta=beta if guard is None else 1.0, alpha=alpha)
-                if isinstance(index, torch.Tensor):
-                    statistics.index_copy_(0, index, part)
+                self.put_back(statistics, index, part)
         for row in rows:
             self.updates[row] += 1
 
@@ -211,6 +223,11 @@ class BlockStack:
             new = [of_row[number] for of_row in sides]
             torch._foreach_copy_(rows_of, new)
             keep_until_used(new)
+
+    def put_back(self, tensor: torch.Tensor, index: slice | torch.Tensor, part: torch.Tensor) -> None:
+        """Write what :func:`chosen` gave of a tensor back, if it was a copy."""
+        if isinstance(index, torch.Tensor):
+            tensor.index_copy_(0, index, part)
 
     def index_of(self, rows: Sequence[int]) -> slice | torch.Tensor:
         """The rows as a slice, which takes a view, where they follow each other."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from preconditioner_client.averaging import Averaging, averages_first
 from preconditioner_client.config import GraftingConfig
 from preconditioner_client.distribution import like, local
 from preconditioner_client.engine import Engine
@@ -38,6 +39,8 @@ def directions_of(
     guard: Guard | None = None,
 ) -> MaybeTensors:
     """Steps 3 and 4: directions of all parameters with a gradient, the blocks of this rank preconditioned.
+
+    And momentum, where it comes before grafting, see :mod:`preconditioner_client.averaging`.
 
     Args:
         engine: that preconditions.
@@ -81,9 +84,14 @@ def directions_of(
     )
     norms = engine.ranks.norms
     diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
-    updates = _spread([d.contiguous() for d in diagonal], present, gradients)
+    diagonal = [d.contiguous() for d in diagonal]
+    averaging = None
+    if averages_first(group):
+        averaging = Averaging(group["momentum"], 1 - group["dampening"], guard)
+        averaging.average_directions([local(state["momentum_buffer"]) for state in own], diagonal)
+    updates = _spread(diagonal, present, gradients)
     sources = _spread(filtered, present, gradients)
-    engine.precondition(plan, sources, updates, grafting, usable)
+    engine.precondition(plan, sources, updates, grafting, usable, averaging)
     return updates
 
 
@@ -91,6 +99,8 @@ def apply_updates(
     states: States, group: dict[str, Any], updates: MaybeTensors, guard: Guard | None = None
 ) -> None:
     """Step 5, for every parameter that has an update: momentum, weight decay, and the step itself.
+
+    Momentum that comes before grafting has been there already.
 
     Args:
         states: of the optimizer; momentum buffers advance.
@@ -105,7 +115,7 @@ def apply_updates(
     params = [local(p) for p, _ in present]
     if guard is not None:
         guard.clear_(found)
-    if group["momentum"] > 0:
+    if group["momentum"] > 0 and not averages_first(group):
         found = _momentum(group, [p for p, _ in present], states, found, guard)
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.device.type == "cpu":
@@ -140,9 +150,7 @@ def states_of(
         gradients: of the group; state has their dtype, and the placement of the parameters.
         momentum_too: make the momentum's buffer as well, which otherwise comes with the first update.
     """
-    wanted = state_keys(group)
-    if not momentum_too and "momentum_buffer" in wanted:
-        wanted.remove("momentum_buffer")
+    wanted = state_keys(group) if momentum_too else lasting_keys(group)
     found = []
     for parameter, gradient in zip(group["params"], gradients, strict=True):
         if gradient is None:
@@ -161,14 +169,17 @@ def state_keys(group: dict[str, Any]) -> list[str]:
     keys = {
         "exp_avg": group["beta1"] > 0,
         "second_moment": needs_second_moment(group["grafting"]),
-        "momentum_buffer": group["momentum"] > 0,
+        "momentum_buffer": group["momentum"] > 0 or averages_first(group),
     }
     return [key for key, kept in keys.items() if kept]
 
 
 def lasting_keys(group: dict[str, Any]) -> list[str]:
-    """Those of :func:`state_keys` that no updated parameter is without; momentum begins with an update."""
-    return [key for key in state_keys(group) if key != "momentum_buffer"]
+    """Those of :func:`state_keys` that no updated parameter is without.
+
+    The average of grafted updates begins with one; the other order's begin at 0.
+    """
+    return [key for key in state_keys(group) if key != "momentum_buffer" or averages_first(group)]
 
 
 def complete_state(state: dict[str, Any], group: dict[str, Any], parameter: torch.Tensor) -> None:

@@ -27,8 +27,10 @@ class NumpyShampoo:
     ``pieces`` lists, per dimension, the (start, stop) of its pieces. Snapshots are taken in every
     ``refresh_every``-th step and used from ``delay`` steps later on; before, a block takes the diagonal step,
     and with ``blend_steps`` it passes over to the preconditioned one in as many steps and one. The buffer of
-    the momentum begins with the whole first update; ``dampening`` is of those after it. Roots are of
-    ``order``, by default 2k for k sides.
+    the momentum begins with the whole first update; ``dampening`` is of those after it. With
+    ``graft_averages`` momentum comes before grafting: diagonal directions and preconditioned gradients are
+    averaged, both from 0 on, and the second average takes the length of the first. Roots are of ``order``, by
+    default 2k for k sides.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class NumpyShampoo:
         delay=0,
         blend_steps=0,
         order=None,
+        graft_averages=False,
     ):
         self.w = np.array(weight, dtype=np.float64)
         self.lr, self.merged, self.grafting = lr, merged, grafting
@@ -61,6 +64,8 @@ class NumpyShampoo:
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.dampening, self.blend_steps = dampening, blend_steps
         self.refresh_every, self.delay, self.order = refresh_every, delay, order
+        self.graft_averages = graft_averages
+        self.averages = np.zeros(merged)
         self.m = np.zeros_like(self.w)
         self.v = np.zeros_like(self.w)
         self.buffer = None
@@ -81,22 +86,29 @@ class NumpyShampoo:
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         m = self.m / (1 - self.beta1**self.t) if self.beta1 > 0 else g
         d = self._diagonal(g, m)
+        if self.graft_averages:
+            before = np.zeros_like(d) if self.buffer is None else self.buffer
+            d = self.buffer = self.momentum * before + (1 - self.dampening) * d
         gm, mm, dm = (x.reshape(self.merged) for x in (g, m, d.copy()))
         for place, statistics in zip(self.places, self.statistics, strict=True):
             self._accumulate(gm[place], statistics)
         self._refresh()
         update = dm.copy()
+        self.averages *= self.momentum
         if self.roots is not None:
             blended = min(1.0, (self.t - self.begun + 1) / (self.blend_steps + 1))
             for place, roots in zip(self.places, self.roots, strict=True):
                 u = mm[place].copy()
                 for dim, root in enumerate(roots):
                     u = mode_product(u, root, dim)
+                if self.graft_averages:
+                    self.averages[place] += (1 - self.dampening) * u
+                    u = self.averages[place].copy()
                 if self.grafting != "none":
                     u *= np.linalg.norm(dm[place]) / np.linalg.norm(u)
                 update[place] = (1 - blended) * dm[place] + blended * u
         u = update.reshape(self.w.shape)
-        if self.momentum > 0:
+        if self.momentum > 0 and not self.graft_averages:
             first = self.buffer is None
             self.buffer = u.copy() if first else self.momentum * self.buffer + (1 - self.dampening) * u
             u = u + self.momentum * self.buffer if self.nesterov else self.buffer

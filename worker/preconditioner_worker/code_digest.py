@@ -12,6 +12,7 @@ from pathlib import Path
 # What the numbers of Shampoo depend on.
 CLIENT = (
     "preconditioner_client.agreement",
+    "preconditioner_client.averaging",
     "preconditioner_client.blocks",
     "preconditioner_client.choice",
     "preconditioner_client.config",

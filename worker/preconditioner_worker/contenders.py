@@ -113,19 +113,15 @@ class CurveBallSettings(OptimizerSettings):
 class Shampoo2020Settings(OptimizerSettings):
     """preconditioner_client.Shampoo with the settings published in 2020 (arXiv 2002.09018).
 
-    Summed statistics, exponent -1/(2k) (-1/4 for a matrix, -1/2 for a vocabulary's one side), AdaGrad's step
-    lengths, no average of the gradient, an EMA of the preconditioned updates, and a linear blend from the
-    diagonal direction; which begins with a block's first version, not at a step.
-
-    Two things are the client's: each preconditioned gradient is grafted and then averaged, as in the
-    authors' later code for JAX, where that of 2020 averages them and grafts the average; and the average
-    begins with the whole first update, not with ``1 - mu`` of it.
+    Summed statistics, exponent -1/(2k) (-1/4 for a matrix, -1/2 for a vocabulary's one side), an EMA of the
+    preconditioned gradients, which takes the length of that of AdaGrad's directions, and a linear blend from
+    this one; which begins with a block's first version, not at a step.
     """
 
     name: Literal["shampoo-2020"] = "shampoo-2020"
     lr: Rate = 0.01
     momentum: Decay = 0.9
-    """mu of ``m <- mu m + (1 - mu) u`` over the preconditioned updates u."""
+    """mu of ``m <- mu m + (1 - mu) P_0 G P_1``."""
     blend_steps: Annotated[int, Field(ge=0)] = 1000
     """From a block's first version on."""
     block_size: Steps = 1024
@@ -147,6 +143,7 @@ class Shampoo2020Settings(OptimizerSettings):
             beta1=0.0,
             momentum=self.momentum,
             dampening=self.momentum,
+            momentum_of="preconditioned",
             grafting=GraftingConfig(method=Grafting.ADAGRAD, epsilon=1e-10, blend_steps=self.blend_steps),
             statistics=StatisticsConfig(accumulation=Accumulation.SUM),
             blocking=BlockingConfig(block_size=self.block_size, max_side=self.max_side),

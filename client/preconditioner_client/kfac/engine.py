@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from preconditioner_client.averaging import Averaging
 from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.distribution import DistributedConfig, is_dtensor
 from preconditioner_client.engine import Engine, MaybeTensors
@@ -157,8 +158,12 @@ class LayerEngine(Engine):
         updates: MaybeTensors,
         grafting: GraftingConfig,
         usable: Mask,
+        averaging: Averaging | None = None,
     ) -> None:
-        """See :meth:`Engine.precondition`. A layer may be in two groups, so :meth:`share` does it for all."""
+        """See :meth:`Engine.precondition`; nothing is averaged before it is grafted.
+
+        A layer may be in two groups, so :meth:`share` does it for all.
+        """
         number = next(i for i, known in enumerate(self.plans) if known is plan)
         self._filtered[number], self._grafting[number] = list(filtered), grafting
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from preconditioner_client.averaging import averages_first
 from preconditioner_client.config import (
     Accumulation,
     Adoption,
@@ -189,6 +190,8 @@ class KFAC(PreconditionedOptimizer):
             raise ValueError("K-FAC's factors are averages: statistics accumulation must be 'ema', not 'sum'")
         if param_group.get("root", self.defaults["root"]) != self.defaults["root"]:
             raise ValueError("K-FAC has no root per group: its exponent is 1, its ridge follows from damping")
+        if averages_first(param_group):
+            raise ValueError("momentum_of='preconditioned' is Shampoo's: leave it out of K-FAC's groups")
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

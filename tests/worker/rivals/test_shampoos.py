@@ -46,24 +46,25 @@ def difference(ours, theirs):
 
 @pytest.mark.parametrize(("refresh_every", "delay", "blend_steps"), [(1, 0, 0), (4, 0, 10), (5, 7, 12)])
 def test_shampoo_of_2020_is_its_equations(refresh_every, delay, blend_steps):
-    """Sums, -1/4 per side, AdaGrad's length, averaged updates, and a blend from the first version on."""
+    """Sums, -1/4 per side, averages grafted with that of AdaGrad, and a blend from the first version on."""
     published = {
         "grafting": "adagrad",
         "accumulate": "sum",
         "beta1": 0.0,
         "epsilon": 1e-10,
         "momentum": 0.9,
+        "dampening": 0.9,
         "refresh_every": refresh_every,
         "delay": delay,
     }
-    oracle = make_oracle(**published, dampening=0.9, blend_steps=blend_steps)
+    oracle = make_oracle(**published, graft_averages=True, blend_steps=blend_steps)
     settings = Shampoo2020Settings(
         lr=LR, momentum=0.9, blend_steps=blend_steps, refresh_every=refresh_every, service=f"local:{delay}"
     )
     ours, metrics = trained(settings, oracle)
     assert metrics["versions_adopted"] == (STEPS - delay) // refresh_every
     assert difference(ours, oracle.w) <= TOLERANCE
-    without = make_oracle(**published)
+    without = make_oracle(**published, blend_steps=blend_steps)
     trained(settings, without)
     assert difference(ours, without.w) > 10 * TOLERANCE
 

@@ -1,9 +1,7 @@
 """The optimizer of each run: the client's own Shampoo with a deterministic exchange, and the others.
 
-Shampoo has the settings published in 2020, and the client's own momentum, which differs from the published
-code in two things: each preconditioned gradient is grafted and these updates are averaged, where the
-published code averages preconditioned gradients, ``m <- mu m + (1 - mu) P_0 G P_1``, and grafts the
-average; and the average begins as in ``torch.optim.SGD``, with the whole first update, not with 1 - mu of it.
+Shampoo has the settings published in 2020 (arXiv 2002.09018): preconditioned gradients are averaged,
+``m <- mu m + (1 - mu) P_0 G P_1``, and m takes the length of the same average of AdaGrad's directions.
 """
 
 from __future__ import annotations
@@ -65,10 +63,10 @@ def build(
     return Shampoo(
         model.named_parameters(),
         lr=lr,
-        # As published: no average of the gradient, an EMA of the preconditioned update.
         beta1=0.0,
         momentum=settings.momentum,
         dampening=settings.momentum,
+        momentum_of="preconditioned",
         grafting=GraftingConfig(
             method=Grafting.NONE if spec.grafting is False else Grafting.ADAGRAD,
             epsilon=1e-10,
