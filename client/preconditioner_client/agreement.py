@@ -59,7 +59,13 @@ def _value(setting: Any) -> str | None:
 
 
 def agree(
-    ranks: Ranks, epoch: int, job: str, step: int, common: str, parameters: Sequence[Described]
+    ranks: Ranks,
+    epoch: int,
+    job: str,
+    step: int,
+    common: str,
+    parameters: Sequence[Described],
+    device: torch.device,
 ) -> tuple[int, str]:
     """Agree on a session.
 
@@ -70,6 +76,7 @@ def agree(
         step: this rank's latest.
         common: settings that are not a parameter's.
         parameters: of all groups, in order.
+        device: on which the ranks' process groups exchange.
 
     Returns:
         Epoch and job, the same on all ranks.
@@ -80,7 +87,6 @@ def agree(
     """
     if not ranks.groups:
         return epoch, job
-    device = parameters[0].held.device
     texts = [_digest(p.text) for p in parameters]
     values = _checksums(parameters)
     same = _numbers([step, len(texts), _digest(common), *_folded(texts)])

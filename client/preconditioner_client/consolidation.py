@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from preconditioner_client.block_state import blank_block_state, block_state
-from preconditioner_client.distribution import is_dtensor, local
+from preconditioner_client.distribution import is_dtensor
 from preconditioner_client.engine import Engine
 from preconditioner_client.plan import PlannedRow
 
@@ -101,7 +101,7 @@ def _blocks(engine: Engine, to: int) -> list[list[dict[str, Any]]]:
     """Per group, per parameter the ``block.*`` keys that other ranks own; empty but on ``to``."""
     ranks = engine.ranks
     me = dist.get_rank()
-    device = local(engine.parameters[0]).device
+    device = engine.device
     result: list[list[dict[str, Any]]] = []
     for plan in engine.plans:
         held = {(i, row.key): row for i, rows in enumerate(plan.rows) for row in rows}

@@ -342,8 +342,13 @@ class Engine:
     def _sharing(self) -> SharedUpdates | None:
         """What brings the blocks of other replicas; None where there is one."""
         if self._shared is None and self.ranks.replicas > 1:
-            self._shared = SharedUpdates(self.plans, self.ranks, local(self.parameters[0]).device)
+            self._shared = SharedUpdates(self.plans, self.ranks, self.device)
         return self._shared
+
+    @property
+    def device(self) -> torch.device:
+        """On which ranks exchange: that of the first parameter with blocks; one left alone may be elsewhere."""
+        return self._places[0][1] if self._places else self.parameters[0].device
 
     def metrics(self) -> dict[str, Any]:
         """Counters of freshness and exchange, see ``Shampoo.metrics``."""
@@ -400,7 +405,9 @@ class Engine:
                 for (lasting, update), parameter in zip(self._texts, self._compared, strict=True)
             ]
             common = f"{self.refresher.config}, {self.ranks.communication}"
-            self.epoch, self._job = agree(self.ranks, self.epoch, self._job, self.step, common, described)
+            self.epoch, self._job = agree(
+                self.ranks, self.epoch, self._job, self.step, common, described, self.device
+            )
         self._check_due = False
 
     def _open(self, session: SessionSpec) -> None:

@@ -35,8 +35,8 @@ CODE = (
             "contenders", "optimizers", "schedule", "training",
             "rivals.checks", "rivals.curveball", "rivals.lamb", "rivals.lars", "rivals.layerwise",
             "workloads", "workloads.autoencoder", "workloads.base", "workloads.digits",
-            "workloads.digits_batchnorm", "workloads.language", "workloads.text", "workloads.transformer",
-            "workloads.translation",
+            "workloads.digits_batchnorm", "workloads.encoder_decoder", "workloads.language",
+            "workloads.text", "workloads.transformer", "workloads.translation",
         )
     ),
 )  # fmt: skip

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Shape suffixes: B batch, T positions, D width, H heads, K width of a head, V vocabulary.
+# Shape suffixes: B batch, T positions, S those looked at, D width, H heads, K width of a head, V vocabulary.
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention, or attention to given positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,10 +27,23 @@ class Attention(nn.Module):
         batch, length, width = x_BTD.shape
         return x_BTD.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Mix positions."""
-        q_BHTK, k_BHTK, v_BHTK = (self._split(f(x_BTD)) for f in (self.query, self.key, self.value))
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+    def forward(
+        self, x_BTD: Tensor, memory_BSD: Tensor | None = None, visible_B11S: Tensor | None = None
+    ) -> Tensor:
+        """Mix positions.
+
+        Args:
+            x_BTD: what asks.
+            memory_BSD: what is looked at; None: ``x_BTD`` itself.
+            visible_B11S: which of it can be seen, by all alike; None: what is not later.
+        """
+        source = x_BTD if memory_BSD is None else memory_BSD
+        q_BHTK, k_BHSK, v_BHSK = (
+            self._split(f(x)) for f, x in ((self.query, x_BTD), (self.key, source), (self.value, source))
+        )
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHSK, v_BHSK, attn_mask=visible_B11S, is_causal=visible_B11S is None
+        )
         mixed: Tensor = self.output(y_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return mixed
 

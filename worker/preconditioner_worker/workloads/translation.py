@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import TypeVar
-
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
@@ -12,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from preconditioner_worker.workloads.base import Batch, Evaluation, Workload, seeded
+from preconditioner_worker.workloads.encoder_decoder import EncoderDecoder
 from preconditioner_worker.workloads.language import MOST_WORDS, Language
 
 PAD, BEGIN, END, FIRST_WORD = 0, 1, 2, 3
@@ -20,54 +18,7 @@ LENGTH = MOST_WORDS + 1
 HELD_OUT_SENTENCES = 512
 TRAINING, HELD_OUT = 0, 1
 
-Layer = TypeVar("Layer", nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-# Shape suffixes: B batch, S source positions, T target positions, D width, V vocabulary.
-
-
-class EncoderDecoder(nn.Module):
-    """Pre-norm Transformer; inputs are source tokens and the target so far, side by side.
-
-    Args:
-        vocabulary: number of tokens V.
-        width: D.
-        layers: of the encoder, and as many of the decoder.
-        heads: divides ``width``.
-    """
-
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.source = nn.Embedding(vocabulary, width)
-        self.target = nn.Embedding(vocabulary, width)
-        self.source_positions = nn.Embedding(LENGTH, width)
-        self.target_positions = nn.Embedding(LENGTH, width)
-        for embedding in (self.source, self.target, self.source_positions, self.target_positions):
-            nn.init.normal_(embedding.weight, std=width**-0.5)
-
-        def layer(kind: type[Layer]) -> Layer:
-            return kind(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-
-        self.encoder = nn.ModuleList(layer(nn.TransformerEncoderLayer) for _ in range(layers))
-        self.decoder = nn.ModuleList(layer(nn.TransformerDecoderLayer) for _ in range(layers))
-        self.encoder_norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of the next target token, from tokens (B, S + T)."""
-        source_BS, target_BT = tokens.split(LENGTH, dim=1)
-        padding_BS = torch.zeros(source_BS.shape).masked_fill(source_BS == PAD, -math.inf)
-        memory_BSD = self.source(source_BS) + self.source_positions.weight
-        for layer in self.encoder:
-            memory_BSD = layer(memory_BSD, src_key_padding_mask=padding_BS)
-        memory_BSD = self.encoder_norm(memory_BSD)
-        x_BTD = self.target(target_BT) + self.target_positions.weight
-        causal_TT = nn.Transformer.generate_square_subsequent_mask(LENGTH)
-        for layer in self.decoder:
-            x_BTD = layer(
-                x_BTD, memory_BSD, tgt_mask=causal_TT, memory_key_padding_mask=padding_BS, tgt_is_causal=True
-            )
-        logits_BTV: Tensor = self.head(self.decoder_norm(x_BTD))
-        return logits_BTV
+# Shape suffixes: B batch, S source positions, T target positions.
 
 
 class TranslationWorkload(Workload):
@@ -95,7 +46,8 @@ class TranslationWorkload(Workload):
     ) -> None:
         self._language = Language(vocabulary)
         self._batch_size = batch_size
-        self._model = (FIRST_WORD + vocabulary, width, layers, heads)
+        self._vocabulary = FIRST_WORD + vocabulary
+        self._width, self._layers, self._heads = width, layers, heads
         self.held_out = self._draw((HELD_OUT,), HELD_OUT_SENTENCES)
 
     def _draw(self, entropy: tuple[int, ...], count: int) -> Batch:
@@ -112,7 +64,14 @@ class TranslationWorkload(Workload):
     def build_model(self, seed: int) -> nn.Module:
         """See :class:`Workload`."""
         with seeded(seed):
-            return EncoderDecoder(*self._model)
+            return EncoderDecoder(
+                vocabulary=self._vocabulary,
+                length=LENGTH,
+                padding=PAD,
+                width=self._width,
+                layers=self._layers,
+                heads=self._heads,
+            )
 
     def batch(self, seed: int, step: int) -> Batch:
         """See :class:`Workload`. Inputs are (B, S + T), targets (B, T) and padded with 0."""
