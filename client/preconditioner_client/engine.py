@@ -347,7 +347,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """On which ranks exchange: that of the first parameter with blocks; one left alone may be elsewhere."""
+        """On which ranks exchange: of the first parameter with blocks; one left alone may be elsewhere."""
         return self._places[0][1] if self._places else self.parameters[0].device
 
     def metrics(self) -> dict[str, Any]:
