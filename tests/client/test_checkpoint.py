@@ -32,7 +32,10 @@ SETTINGS = (
 )
 
 
-def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.float32):
+AVERAGES = {"momentum_of": "preconditioned", "dampening": 0.9}
+
+
+def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.float32, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
     optimizer = Shampoo(
@@ -43,6 +46,7 @@ def setup(momentum=0.9, staleness=SCHEDULED, delay=0, block_size=4, dtype=torch.
         blocking=BlockingConfig(block_size=block_size),
         staleness=staleness,
         service=LocalExchange(delay),
+        **settings,
     )
     return model, optimizer
 
@@ -65,15 +69,16 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("stop", [1, 4, 10, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scheduled_run_resumes_bit_for_bit(stop, dtype):
-    model, optimizer = setup(dtype=dtype)
+@pytest.mark.parametrize("settings", [{}, AVERAGES], ids=["updates averaged", "averages grafted"])
+def test_a_scheduled_run_resumes_bit_for_bit(stop, dtype, settings):
+    model, optimizer = setup(dtype=dtype, **settings)
     train(model, optimizer, range(30))
 
-    first_model, first = setup(dtype=dtype)
+    first_model, first = setup(dtype=dtype, **settings)
     train(first_model, first, range(stop))
     saved = through_a_file({"model": first_model.state_dict(), "optimizer": first.state_dict()})
 
-    second_model, second = setup(dtype=dtype)
+    second_model, second = setup(dtype=dtype, **settings)
     second_model.load_state_dict(saved["model"])
     second.load_state_dict(saved["optimizer"])
     train(second_model, second, range(stop, 30))
@@ -139,6 +144,32 @@ def test_the_keys_never_change():
         "preconditioner_shards",
     }
     assert state["param_groups"][0]["preconditioner_format"] == 1
+
+
+def test_averages_of_blocks_have_a_key_of_their_own_and_so_has_their_setting():
+    (model, optimizer), (_, plain) = setup(block_size=16, **AVERAGES), setup(block_size=16)
+    train(model, optimizer, range(12))
+    state = optimizer.state_dict()
+    assert state["state"][0]["block.0:7,0:5.average"].shape == (7, 5)
+    assert state["state"][0]["block.0:7,0:5.average"].count_nonzero() == 35
+    assert state["param_groups"][0]["momentum_of"] == "preconditioned"
+    plain.load_state_dict(through_a_file(state))
+    assert "momentum_of" not in plain.param_groups[0], "the program that loads has its own settings"
+    assert "block.0:7,0:5.average" not in plain.state_dict()["state"][0]
+    without = setup(block_size=16)[1]
+    train(model, without, range(12))
+    with pytest.raises(ValueError, match=r"0\.weight: the checkpoint lacks 'block\.0:7,0:5\.average'"):
+        optimizer.load_state_dict(without.state_dict())
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", BLOCK + "average"])
+def test_averages_that_lack_a_half_are_refused(key):
+    model, optimizer = setup(**AVERAGES)
+    train(model, optimizer, range(6))
+    state = optimizer.state_dict()
+    del state["state"][0][key]
+    with pytest.raises(ValueError, match=rf"0\.weight: the checkpoint lacks '{key}'"):
+        setup(**AVERAGES)[1].load_state_dict(state)
 
 
 def test_a_saved_state_does_not_change_with_training():

@@ -27,6 +27,16 @@ SETTINGS = {
     "default": (LINEAR, {}),
     "one kind of blocks": ([(512, 512)], {"blocking": BlockingConfig(block_size=64)}),
     "momentum, blended": (LINEAR, {"momentum": 0.9, "grafting": GraftingConfig(blend_steps=50)}),
+    "averages, grafted": (LINEAR, {"momentum": 0.9, "momentum_of": "preconditioned"}),
+    "averages of one kind of blocks, as they come": (
+        [(512, 512)],
+        {
+            "momentum": 0.9,
+            "momentum_of": "preconditioned",
+            "grafting": GraftingConfig(method="none"),
+            "blocking": BlockingConfig(block_size=64),
+        },
+    ),
     "lengths as they come, blended": (
         LINEAR,
         {"beta1": 0.0, "grafting": GraftingConfig(method="none", blend_steps=50)},

@@ -64,6 +64,12 @@ def test_the_common_case_learns_faster_than_its_diagonal_alone():
         ({"momentum": -0.1}, "momentum must be >= 0, not -0.1"),
         ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
         ({"nesterov": True}, "nesterov needs momentum > 0"),
+        ({"momentum_of": "updates"}, "momentum_of must be one of 'grafted', 'preconditioned', not 'updates'"),
+        ({"momentum_of": "preconditioned"}, "momentum_of='preconditioned' needs momentum > 0, not 0.0"),
+        (
+            {"momentum_of": "preconditioned", "momentum": 0.9, "nesterov": True},
+            "momentum_of='preconditioned' has no nesterov form: take 'grafted'",
+        ),
         (
             {"grafting": "adam"},
             r"grafting must be a GraftingConfig, not 'adam': give GraftingConfig\(method=.., ",

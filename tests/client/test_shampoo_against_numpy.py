@@ -60,6 +60,17 @@ def gradients(shape, weight, step, generator):
     return scale * (weight.to(torch.float64) - 1.0) + 0.3 * noise
 
 
+def differences(ours, parameter, oracle, shape):
+    """Of the weights after the same gradients."""
+    noise = torch.Generator().manual_seed(8)
+    for step in range(STEPS):
+        gradient = gradients(shape, torch.from_numpy(oracle.w), step, noise)
+        parameter.grad = gradient.to(torch.float32)
+        ours.step()
+        oracle.step(gradient.to(torch.float32).numpy())
+    return np.linalg.norm(parameter.detach().numpy() - oracle.w) / np.linalg.norm(oracle.w)
+
+
 @pytest.mark.parametrize("shape_name", SHAPES)
 @pytest.mark.parametrize("grafting", ["none", "sgd", "adagrad", "rmsprop", "adam"])
 @pytest.mark.parametrize("accumulation", ["ema", "sum"])
@@ -97,12 +108,41 @@ def test_fifty_steps_agree(shape_name, grafting, accumulation):
         weight_decay=0.01,
         ridge=1e-2,
     )
-    noise = torch.Generator().manual_seed(8)
-    for step in range(STEPS):
-        gradient = gradients(shape, torch.from_numpy(oracle.w), step, noise)
-        parameter.grad = gradient.to(torch.float32)
-        ours.step()
-        oracle.step(gradient.to(torch.float32).numpy())
-    difference = np.linalg.norm(parameter.detach().numpy() - oracle.w) / np.linalg.norm(oracle.w)
-    assert difference <= TOLERANCE
+    assert differences(ours, parameter, oracle, shape) <= TOLERANCE
     assert ours.metrics()["versions_adopted"] == STEPS * ours.metrics()["blocks"]
+
+
+@pytest.mark.parametrize("shape_name", ["matrix", "order 3", "uneven blocks"])
+@pytest.mark.parametrize("grafting", ["none", "sgd", "adagrad", "adam"])
+@pytest.mark.parametrize(("delay", "blend_steps"), [(0, 0), (7, 5)])
+def test_averages_that_are_grafted_agree(shape_name, grafting, delay, blend_steps):
+    """Momentum as published in 2020."""
+    shape, blocking, merged, pieces = SHAPES[shape_name]
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    parameter = torch.nn.Parameter(start.clone())
+    common = {"lr": 1e-2, "beta1": 0.5, "momentum": 0.9, "dampening": 0.8, "weight_decay": 0.01}
+    ours = Shampoo(
+        [parameter],
+        **common,
+        momentum_of="preconditioned",
+        grafting=GraftingConfig(method=grafting, beta2=0.99, blend_steps=blend_steps),
+        statistics=StatisticsConfig(beta=0.95),
+        blocking=blocking,
+        root=RootConfig(ridge=Ridge(value=1e-2)),
+        staleness=StalenessConfig(refresh_every=3, max_staleness=50, stagger=False),
+        service=LocalExchange(delay=delay),
+    )
+    oracle = NumpyShampoo(
+        start.numpy(),
+        **common,
+        graft_averages=True,
+        merged=merged,
+        pieces=pieces,
+        grafting=grafting,
+        ridge=1e-2,
+        refresh_every=3,
+        delay=delay,
+        blend_steps=blend_steps,
+    )
+    assert differences(ours, parameter, oracle, shape) <= TOLERANCE
+    assert ours.metrics()["versions_adopted"] > 10 * ours.metrics()["blocks"]

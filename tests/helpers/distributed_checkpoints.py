@@ -27,20 +27,20 @@ def trained(steps, **settings):
     return model, optimizer
 
 
-def assert_continues_as_uninterrupted(model, optimizer):
+def assert_continues_as_uninterrupted(model, optimizer, **settings):
     """Train on to the end; the bits are those of a run that was never stopped."""
     assert optimizer.metrics()["step"] == STOP
     train(model, optimizer, range(STOP, END))
-    whole, _ = trained(END, distributed="off")
+    whole, _ = trained(END, distributed="off", **settings)
     for (name, a), b in zip(model.named_parameters(), weights(whole), strict=True):
         assert torch.equal(a, b), f"{name}: up to {(a - b).abs().max()}"
     assert optimizer.metrics()["waits"] == 0
 
 
-def resume(state):
+def resume(state, **settings):
     """A new model and optimizer, continued from a file's content."""
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, **settings)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return model, optimizer
@@ -90,6 +90,18 @@ def ranks_resume_from_a_single_process(folder):
     model, optimizer = trained(STOP, distributed="off")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     assert_continues_as_uninterrupted(*resume(state))
+
+
+def averages_of_blocks_resume_from_one_file(folder):
+    settings = {"momentum_of": "preconditioned", "dampening": 0.9}
+    model, optimizer = trained(STOP, **settings)
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / "averages.pt")
+    dist.barrier()
+    state = torch.load(folder / "averages.pt", weights_only=True)
+    assert_continues_as_uninterrupted(*resume(state, **settings), **settings)
 
 
 def the_part_of_another_rank_is_refused_by_name(folder):
@@ -299,6 +311,7 @@ SCENARIOS = [
     a_consolidated_state_is_that_of_one_process,
     all_ranks_resume_from_one_file,
     ranks_resume_from_a_single_process,
+    averages_of_blocks_resume_from_one_file,
     the_part_of_another_rank_is_refused_by_name,
     a_rank_that_does_not_take_part_cannot_get_the_whole,
     save_with_torch,

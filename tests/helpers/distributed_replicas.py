@@ -64,6 +64,7 @@ def several_ranks_give_the_bits_of_one_in_every_setting(folder):
         {"staleness": EAGER, "grafting": GraftingConfig(method="lamb"), "momentum": 0.0},
         {"grafting": GraftingConfig(method="sgd", blend_steps=4), "nesterov": True, "beta1": 0.0},
         {"blocking": BlockingConfig(block_size=16, max_side=19), "decoupled_weight_decay": False},
+        {"momentum_of": "preconditioned", "dampening": 0.9, "grafting": GraftingConfig(method="adagrad")},
     ):
         (model, optimizer), (alone, single) = pair(**settings)
         train(model, optimizer, range(12))

@@ -59,12 +59,13 @@ from sharded_training import (
 
 
 def shards_give_the_bits_of_one_process_where_their_blocks_are_the_same(folder):
-    model, optimizer = sharded(aligned)
-    single, reference = alone(aligned)
-    for step in range(16):
-        train(model, optimizer, [step])
-        train(single, reference, [step])
-        assert_same(model, single)
+    for settings in {}, {"momentum": 0.9, "dampening": 0.9, "momentum_of": "preconditioned"}:
+        model, optimizer = sharded(aligned, **settings)
+        single, reference = alone(aligned, **settings)
+        for step in range(16):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+            assert_same(model, single)
     blocks = on_all_ranks(optimizer.metrics()["blocks"])
     assert sum(blocks) == reference.metrics()["blocks"]
     assert min(blocks) > 0

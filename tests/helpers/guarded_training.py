@@ -28,6 +28,13 @@ SETTINGS = {
     },
     "lamb": {"grafting": GraftingConfig(method="lamb", blend_steps=5), "weight_decay": 0.1},
     "lars": {"grafting": GraftingConfig(method="lars"), "maximize": True},
+    "averages, grafted": {
+        "momentum": 0.9,
+        "momentum_of": "preconditioned",
+        "dampening": 0.9,
+        "grafting": GraftingConfig(method="lars", blend_steps=3),
+        "weight_decay": 0.1,
+    },
     "coupled sum": {
         "weight_decay": 0.1,
         "decoupled_weight_decay": False,

@@ -64,6 +64,7 @@ SETTINGS = {
     "coupled decay": COUPLED,
     "decoupled decay": {"weight_decay": 0.1},
     "nesterov": {"momentum": 0.9, "nesterov": True},
+    "averages, grafted": {"momentum": 0.9, "momentum_of": "preconditioned", "dampening": 0.9},
     **{m.value: {"grafting": GraftingConfig(method=m), "weight_decay": 0.1} for m in Grafting},
     **{
         f"attached, {method.value}": {"make": attached, "grafting": GraftingConfig(method=method)}

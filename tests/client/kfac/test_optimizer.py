@@ -232,6 +232,10 @@ def test_an_empty_batch_leaves_statistics_as_they_were():
         ({"batch_norm": "full"}, "'unit_wise', 'diagonal', 'none', not 'full'"),
         ({"factor_dtype": torch.float64}, "factor_dtype must be"),
         ({"momentum": -1.0}, "momentum must be >= 0"),
+        (
+            {"params": [{"params": [nn.Parameter(torch.ones(2))], "momentum_of": "preconditioned"}]},
+            "momentum_of='preconditioned' is Shampoo's",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
