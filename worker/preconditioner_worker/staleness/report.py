@@ -53,11 +53,9 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
         f"{analysis.runs} runs of {settings.steps} steps in virtual time: roots in process, float64, delays "
         f"exact in steps. Measured: {analysis.metric}. Shampoo with the published settings: AdaGrad "
         "grafting, exponent -1/4 per side of a matrix (-1/2 where only one side is preconditioned), "
-        f"momentum {settings.momentum}, directions blended in over {settings.blend_steps} steps from a "
-        "block's first version on. In two things it is not as published: each preconditioned gradient is "
-        "grafted and then averaged, as in the authors' later code for JAX, where that of 2020 averages them "
-        "and grafts the average; and the "
-        "average begins with the whole first update, not with 1 - momentum of it. One learning rate per "
+        f"momentum {settings.momentum} over preconditioned gradients, whose average takes the length of that "
+        f"of AdaGrad's directions; blended in over {settings.blend_steps} steps from a block's first version "
+        "on, as a gate on the step would make steps of nothing where the first is late. One learning rate per "
         "optimizer, tuned at N = 1 alone; AdamW without weight decay, as Shampoo has none either.",
         "",
         "All differences are paired by seed with N = 1 of the same arm. *Holds*: the 90% interval lies "
