@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from preconditioner_client.kfac.layers import find_layers
 from preconditioner_worker.rivals import CurveBall
 from preconditioner_worker.workloads import WORKLOADS, AutoencoderWorkload, DigitsBatchNormWorkload
 from preconditioner_worker.workloads.language import Language
@@ -113,3 +114,33 @@ def test_the_generator_is_specified_to_the_bit():
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == (
         "bd7488033166397a7e9e2105f2cbf83510224044949c50ddcbdd349d2667e070"
     )
+
+
+def test_a_target_sees_its_past_and_the_source_but_no_padding():
+    workload = NEW["translation"]
+    model = workload.build_model(0).eval()
+    inputs, _ = workload.batch(0, 0)
+    source_length = int((inputs[0, :LENGTH] != PAD).sum())
+    assert source_length < LENGTH
+    with torch.no_grad():
+        logits = model(inputs)[0]
+        for place, first in ((0, 0), (LENGTH + 3, 3)):
+            changed = inputs.clone()
+            changed[0, place] = BEGIN  # a token that stands in neither
+            differs = (model(changed)[0] != logits).any(dim=-1)
+            assert not differs[:first].any()
+            assert differs[first:].all()
+        table = model.source_positions.weight
+        table[source_length:] += 1.0  # what padding brings along
+        assert torch.equal(model(inputs)[0], logits)
+
+
+def test_kfac_watches_all_matrices_of_translation_but_positions():
+    model, called = NEW["translation"].build_model(0), set()
+    for layer in find_layers(model).matrices:
+        layer.module.register_forward_hook(lambda module, *_: called.add(module.weight))
+    model(NEW["translation"].batch(0, 0).inputs)
+    assert {name for name, p in model.named_parameters() if p.ndim == 2 and p not in called} == {
+        "source_positions.weight",
+        "target_positions.weight",
+    }
