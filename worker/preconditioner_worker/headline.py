@@ -267,7 +267,7 @@ def _goals(results: Results) -> Iterator[str]:
                     f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}] against a "
                     f"margin of ±{arm.part.margin:.{digits}f}"
                 )
-        yield from (f"{arm.task}. {late.describe()}" for late in arm.part.late_starts)
+        yield from (f"{arm.task}. {late.describe(arm.part.decimals)}" for late in arm.part.late_starts)
 
 
 def _comparison(comparison: Comparison) -> list[str]:

@@ -87,7 +87,18 @@ def test_a_late_beginning_is_laid_beside_a_delay_on_common_seeds(study_runs: lis
     assert (late.n, late.seeds, late.verdict, late.late_verdict) == (
         20, (0, 1), Verdict.FAILS, Verdict.FAILS
     )  # fmt: skip
-    assert "is no evidence against stale preconditioners" in late.describe()
+    described = late.describe(4)
+    assert "is no evidence against stale preconditioners" in described
+    (row,) = (row for row in analyse(runs).parts[0].rows if row.n == 20)
+    fresh_late = {run.spec.seed: run.final_loss for run in runs if run.spec.method == "late"}
+    stale = {run.spec.seed: run.final_loss for run in runs if run.spec.condition == row.condition}
+    between = [stale[seed] - fresh_late[seed] for seed in (0, 1)]
+    assert late.difference == pytest.approx(sum(between) / 2)
+    assert (
+        f"Age alone, A(20) against these fresh ones by the same criteria: {late.against_late.value}"
+        in described
+    )
+    assert f"final loss {late.difference:+.4f} [" in described
     # Where the late beginning costs nothing, the delay has to answer for the loss.
     fresh = {run.spec.seed: run.held_out_loss for run in study_runs if run.spec.condition.startswith("A-1-")}
     (late,) = (
@@ -102,7 +113,8 @@ def test_a_late_beginning_is_laid_beside_a_delay_on_common_seeds(study_runs: lis
         .parts[0]
         .late_starts
     )
-    assert "no evidence" not in late.describe()
+    assert "no evidence" not in late.describe(4)
+    assert late.against_late is late.verdict is Verdict.FAILS
 
 
 def test_a_diagonal_that_diverges_with_every_seed_voids_the_task(

@@ -79,6 +79,14 @@ class LateStart(Record):
         reason: of that verdict.
         late_verdict: of the fresh ones.
         late_reason: of that verdict.
+        against_late: verdict of A(N) with the fresh ones in place of N = 1. What differs then is the age of
+            preconditioners alone; this was not among the criteria when the first studies were made, and is
+            none of those by which a delay holds.
+        against_late_reason: of that verdict.
+        difference: of final losses, A(N) minus the fresh ones, paired, mean.
+        low: of its 90% interval.
+        high: of its 90% interval.
+        steps_ratio: of steps to the target, A(N) to the fresh ones.
     """
 
     n: int
@@ -87,9 +95,19 @@ class LateStart(Record):
     reason: str
     late_verdict: Verdict
     late_reason: str
+    against_late: Verdict | None = None
+    against_late_reason: str = ""
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    steps_ratio: float | None = None
 
-    def describe(self) -> str:
-        """In words, with what follows from it."""
+    def describe(self, decimals: int) -> str:
+        """In words, with what follows from it.
+
+        Args:
+            decimals: of losses.
+        """
         text = (
             f"On the seeds that both have ({', '.join(map(str, self.seeds))}), A({self.n}): "
             f"{self.verdict.value} ({self.reason}); fresh preconditioners that begin at the same step, "
@@ -100,6 +118,14 @@ class LateStart(Record):
                 f" The late beginning alone is enough to fail: that A({self.n}) does is no evidence against "
                 "stale preconditioners."
             )
+        if self.against_late is not None and self.difference is not None:
+            reason = f" ({self.against_late_reason})" if self.against_late_reason else ""
+            text += (
+                f" Age alone, A({self.n}) against these fresh ones by the same criteria: "
+                f"{self.against_late.value}{reason}, final loss {self.difference:+.{decimals}f} "
+                f"[{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
+            )
+            text += "." if self.steps_ratio is None else f", steps to the target {self.steps_ratio:.3f}."
         return text
 
 
@@ -277,7 +303,8 @@ def _late_start(
     shared = sorted(own.keys() & late.keys() & reference.keys() & diagonal.keys())
     judged = _judged({seed: own[seed] for seed in shared}, diagonal, reference, half_width)
     judged_late = _judged({seed: late[seed] for seed in shared}, diagonal, reference, half_width)
-    if judged is None or judged_late is None:
+    against = _judged({seed: own[seed] for seed in shared}, diagonal, late, half_width)
+    if judged is None or judged_late is None or against is None:
         return None
     return LateStart(
         n=n,
@@ -286,6 +313,12 @@ def _late_start(
         reason=judged.reason,
         late_verdict=judged_late.verdict,
         late_reason=judged_late.reason,
+        against_late=against.verdict,
+        against_late_reason=against.reason,
+        difference=against.difference.mean,
+        low=against.difference.low,
+        high=against.difference.high,
+        steps_ratio=against.steps_ratio,
     )
 
 

@@ -196,7 +196,7 @@ def conclude(folder: Path, output: Path | None, console: Console) -> None:
                     f"  {row.condition}: {row.verdict.value} ({row.reason})", highlight=False, soft_wrap=True
                 )
         for late_start in part.late_starts:
-            console.print(f"  {late_start.describe()}", highlight=False, soft_wrap=True)
+            console.print(f"  {late_start.describe(part.decimals)}", highlight=False, soft_wrap=True)
     if analysis.missing:
         console.print(f"reduced: without {'; '.join(analysis.missing)}", highlight=False, soft_wrap=True)
     console.print(f"{path}", highlight=False, soft_wrap=True)

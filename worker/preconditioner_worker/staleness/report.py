@@ -55,7 +55,7 @@ def markdown(analysis: Analysis, pictures: Sequence[str], real: RealComparison |
         "grafting, exponent -1/4 per side of a matrix (-1/2 where only one side is preconditioned), "
         f"momentum {settings.momentum} over preconditioned gradients, whose average takes the length of that "
         f"of AdaGrad's directions; blended in over {settings.blend_steps} steps from a block's first version "
-        "on, as a gate on the step would make steps of nothing where the first is late. One learning rate per "
+        "on, as a gate on the step makes steps of nothing where the first is late. One learning rate per "
         "optimizer, tuned at N = 1 alone; AdamW without weight decay, as Shampoo has none either.",
         "",
         "All differences are paired by seed with N = 1 of the same arm. *Holds*: the 90% interval lies "
@@ -133,7 +133,7 @@ def _part(part: Part, steps: int) -> list[str]:
         [_cells(row, kind, steps, decimals) for row in rows],
     )  # fmt: skip
     for late_start in part.late_starts:
-        lines += [late_start.describe(), ""]
+        lines += [late_start.describe(decimals), ""]
     return lines
 
 
