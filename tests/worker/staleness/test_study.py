@@ -84,10 +84,8 @@ def test_a_study_without_a_tuned_rate_begins_no_folder(
 ) -> None:
     folder = tmp_path / "study"
     with pytest.raises(SystemExit):
-        main(
-            ["staleness", "run", "--task", "regression", "--folder", str(folder)]
-            + ["--statistics", "ema", "--grafting", "on,off"]
-        )
+        options = "run --task regression --statistics ema --grafting on,off --folder".split()
+        main(["staleness", *options, str(folder)])
     assert "--optimizers shampoo-ema-grafted,shampoo-ema-ungrafted" in " ".join(
         capsys.readouterr().err.split()
     )
