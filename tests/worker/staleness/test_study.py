@@ -84,7 +84,7 @@ def test_a_study_without_a_tuned_rate_begins_no_folder(
 ) -> None:
     folder = tmp_path / "study"
     with pytest.raises(SystemExit):
-        options = "run --task regression --statistics ema --grafting on,off --folder".split()
+        options = ["run", "--task", "regression", "--statistics", "ema", "--grafting", "on,off", "--folder"]
         main(["staleness", *options, str(folder)])
     assert "--optimizers shampoo-ema-grafted,shampoo-ema-ungrafted" in " ".join(
         capsys.readouterr().err.split()
