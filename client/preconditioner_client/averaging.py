@@ -5,19 +5,20 @@ authors' later code: every preconditioned gradient is given its length, and mome
 Here is that of arXiv 2002.09018 and of its authors' code of the time. With the direction d of the diagonal
 method and the filtered gradient m, both averages begin at 0:
 
-1. ``a_d <- mu a_d + (1 - dampening) d``
+1. ``a_d <- mu a_d + (1 - dampening) d``, kept as ``momentum_buffer``
 2. ``a_p <- mu a_p + (1 - dampening) P_0 m P_1 ..``, for each block
 3. ``u = a_p ||a_d|| / ||a_p||``, or ``a_d`` for a block without a usable version
 
 so that a preconditioner that is replaced keeps acting on as many steps as the average spans. A step in which
-a block has no usable version brings nothing to its ``a_p``, as a preconditioner of zeros would.
+a block has no usable version brings nothing to its ``a_p``, as a preconditioner of zeros would. Where a
+scheduler takes mu to 0, dampening is that of no average, as in the other order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,19 +35,65 @@ def averages_first(group: dict[str, Any]) -> bool:
     return bool(group.get("momentum_of", GRAFTED) == PRECONDITIONED)
 
 
+def check_order(group: dict[str, Any]) -> None:
+    """Refuse an order that is none, and what an order does not go with.
+
+    Raises:
+        ValueError: with what was given, and what is possible.
+    """
+    order = group.get("momentum_of", GRAFTED)
+    if order not in ORDERS:
+        raise ValueError(f"momentum_of must be one of {', '.join(map(repr, ORDERS))}, not {order!r}")
+    if not averages_first(group):
+        return
+    if group["nesterov"]:
+        raise ValueError(f"momentum_of={order!r} has no nesterov form: take {GRAFTED!r}, or leave it out")
+    if not group["dampening"] < 1:
+        raise ValueError(
+            f"momentum_of={order!r} needs dampening < 1, not {group['dampening']}: nothing came into averages"
+        )
+
+
+def check_kept_order(group: dict[str, Any], planned: str, number: int) -> None:
+    """Refuse an order that the blocks of a group were not made for, before a step changes anything.
+
+    Args:
+        group: as it is now.
+        planned: the order when its blocks were made.
+        number: of the group.
+
+    Raises:
+        ValueError: it was changed since.
+    """
+    order = group.get("momentum_of", GRAFTED)
+    if order != planned:
+        raise ValueError(
+            f"momentum_of of group {number} became {order!r} after its blocks were made for {planned!r}: "
+            f"set it back, or make a new optimizer with it"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Averaging:
     """The momentum of one step.
 
     Attributes:
         momentum: mu.
-        weight: ``1 - dampening``, of what a step brings.
+        weight: of what a step brings.
         guard: the verdict on the gradients, where the host does not know it.
     """
 
     momentum: float
     weight: float
     guard: Guard | None
+
+    @classmethod
+    def of(cls, group: dict[str, Any], guard: Guard | None) -> Averaging | None:
+        """That of a group; None if it averages grafted updates."""
+        if not averages_first(group):
+            return None
+        momentum = group["momentum"]
+        return cls(momentum, 1 - group["dampening"] if momentum > 0 else 1.0, guard)
 
     def average_directions(self, averages: list[torch.Tensor], directions: list[torch.Tensor]) -> None:
         """Step 1: a_d advances, and replaces d."""
@@ -60,9 +107,10 @@ class Averaging:
     def decay_blocks(self, stack: BlockStack, rows: Sequence[int]) -> None:
         """The first half of step 2, for all blocks whose parameter has a gradient."""
         index = stack.index_of(rows)
-        part = chosen(_averages_of(stack), index)
+        averages = cast(torch.Tensor, stack.averages)
+        part = chosen(averages, index)
         self._decay([part])
-        stack.put_back(_averages_of(stack), index, part)
+        stack.put_back(averages, index, part)
 
     def add_blocks(self, stack: BlockStack, rows: Sequence[int], products: torch.Tensor) -> torch.Tensor:
         """The second half, for those that were preconditioned.
@@ -79,9 +127,10 @@ class Averaging:
             # What is filtered is zero only without an average of its own.
             self.guard.clear_([products])
         index = stack.index_of(rows)
-        part = chosen(_averages_of(stack), index)
+        averages = cast(torch.Tensor, stack.averages)
+        part = chosen(averages, index)
         part.add_(products, alpha=self.weight)
-        stack.put_back(_averages_of(stack), index, part)
+        stack.put_back(averages, index, part)
         return part
 
     def _decay(self, tensors: list[torch.Tensor]) -> None:
@@ -89,12 +138,3 @@ class Averaging:
             torch._foreach_mul_(tensors, self.momentum)
         else:
             self.guard.decay_(tensors, self.momentum)
-
-
-def _averages_of(stack: BlockStack) -> torch.Tensor:
-    if stack.averages is None:
-        raise ValueError(
-            "momentum_of became 'preconditioned' after the blocks of its group were made, which have no "
-            "averages: give it when the group is made"
-        )
-    return stack.averages

@@ -9,7 +9,8 @@ key                             value
                                 leaves it alone
 ``exp_avg``                     EMA of the gradient, if ``beta1 > 0``
 ``second_moment``               of the grafting method, if it keeps one
-``momentum_buffer``             if ``momentum > 0``, after the first step
+``momentum_buffer``             if ``momentum > 0``, after the first step; with
+                                ``momentum_of="preconditioned"`` the average of diagonal directions
 ``diagonal_statistics``         K-FAC only, of the weights of embeddings and BatchNorm; see
                                 :mod:`preconditioner_client.kfac.diagonals`
 ``block.B.updates``             int, accumulations into the statistics of block B
@@ -31,7 +32,7 @@ from shapes and settings alone, as ``torch.distributed.checkpoint`` needs it.
 Per group: the scalar settings, and ``preconditioner_format``, ``preconditioner_step``,
 ``preconditioner_epoch`` and ``preconditioner_shards`` (over how many ranks a parameter's rows were divided).
 The settings objects (``grafting``, ``statistics``, ``blocking``, ``root``) stand there as text, for people:
-those of the program that loads hold, and so does its ``momentum_of``, which a group has if it was given.
+those of the program that loads hold. ``momentum_of`` is there if it was given, and must be the program's.
 
 Every rank has the keys of the blocks that it owns; elementwise tensors are placed as their parameters are.
 """
@@ -70,8 +71,6 @@ SHARDS_KEY = "preconditioner_shards"
 
 ELEMENTWISE = ("exp_avg", "second_moment", "momentum_buffer")
 _SETTINGS = ("grafting", "statistics", "blocking", "root")
-_PROGRAMS = (*_SETTINGS, "momentum_of")
-"""What a program that loads keeps of its own."""
 BLOCK = re.compile(r"block\.([0-9:,]+)\.(.+)")
 
 
@@ -149,15 +148,10 @@ def exported(engine: Engine, state_dict: dict[str, Any], blocks: bool = True) ->
 def with_settings(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The groups of a checkpoint with the settings objects of the running program, and no state."""
     groups = [
-        {**_numbers(saved), **{key: group[key] for key in _PROGRAMS if key in group}}
+        {**saved, **{key: group[key] for key in _SETTINGS}}
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state_dict, "state": {}, "param_groups": groups}
-
-
-def _numbers(saved: dict[str, Any]) -> dict[str, Any]:
-    """A group of a checkpoint without what the program has of its own."""
-    return {key: value for key, value in saved.items() if key not in _PROGRAMS}
 
 
 def read(optimizer: PreconditionedOptimizer, engine: Engine, state_dict: dict[str, Any]) -> None:

@@ -347,8 +347,13 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """On which ranks exchange: of the first parameter with blocks; one left alone may be elsewhere."""
-        return self._places[0][1] if self._places else self.parameters[0].device
+        """On which ranks exchange: of the first parameter with blocks, as others may lie elsewhere."""
+        first = 0
+        for plan in self.plans:
+            if plan.blocks:
+                return self.parameters[first + plan.blocks[0].member.parameter].device
+            first += len(plan.names)
+        return self.parameters[0].device
 
     def metrics(self) -> dict[str, Any]:
         """Counters of freshness and exchange, see ``Shampoo.metrics``."""

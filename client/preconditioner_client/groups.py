@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from preconditioner_client.averaging import GRAFTED, ORDERS, averages_first
+from preconditioner_client.averaging import GRAFTED, PRECONDITIONED, averages_first, check_order
 from preconditioner_client.config import BlockingConfig, GraftingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.gradients import check_parameter
 from preconditioner_client.options import check_number, python_number
@@ -70,7 +70,12 @@ def check_group(group: dict[str, Any]) -> None:
     _check_ranges(group)
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
-    _check_order(group)
+    check_order(group)
+    if averages_first(group) and not group["momentum"] > 0:
+        raise ValueError(
+            f"momentum_of={PRECONDITIONED!r} needs momentum > 0, not {group['momentum']}; 0.9 with dampening "
+            f"0.9 is as published"
+        )
     for key, kind in _CONFIGS.items():
         if not isinstance(group[key], kind):
             raise ValueError(f"{key} must be a {kind.__name__}, not {group[key]!r}")
@@ -119,21 +124,16 @@ def check_saved_group(saved: dict[str, Any], group: dict[str, Any], number: int)
         for key in _SWITCHES:
             if not isinstance(saved[key], numbers.Real):
                 raise ValueError(f"{key} must be True or False, not {saved[key]!r}")
+        check_order(saved)
     except ValueError as error:
         raise ValueError(f"group {number} of the checkpoint: {error}; mend it in {where}") from None
-
-
-def _check_order(group: dict[str, Any]) -> None:
-    order = group.get("momentum_of", GRAFTED)
-    if order not in ORDERS:
-        raise ValueError(f"momentum_of must be one of {', '.join(map(repr, ORDERS))}, not {order!r}")
-    if averages_first(group) and not group["momentum"] > 0:
+    orders = saved.get("momentum_of", GRAFTED), group.get("momentum_of", GRAFTED)
+    if orders[0] != orders[1]:
         raise ValueError(
-            f"momentum_of={order!r} needs momentum > 0, not {group['momentum']}; 0.9 with dampening 0.9 is "
-            f"as published"
+            f"group {number} of the checkpoint was saved with momentum_of={orders[0]!r}, the optimizer has "
+            f"{orders[1]!r}: make it with momentum_of={orders[0]!r}, since neither order's averages are the "
+            f"other's"
         )
-    if averages_first(group) and group["nesterov"]:
-        raise ValueError(f"momentum_of={order!r} has no nesterov form: take {GRAFTED!r}, or leave it out")
 
 
 def _check_ranges(group: dict[str, Any]) -> None:

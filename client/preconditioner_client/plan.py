@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from preconditioner_client.averaging import averages_first
+from preconditioner_client.averaging import GRAFTED, PRECONDITIONED
 from preconditioner_client.blocks import Partition, partition
 from preconditioner_client.config import BlockingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.distribution import Ranks
@@ -25,14 +25,18 @@ class GroupSettings:
         blocking: how parameters are cut.
         statistics: how they are accumulated.
         root: ridge and exponent.
-        averages: whether preconditioned gradients are averaged, see
-            :mod:`preconditioner_client.averaging`.
+        momentum_of: what momentum averages, see :mod:`preconditioner_client.averaging`.
     """
 
     blocking: BlockingConfig
     statistics: StatisticsConfig
     root: RootConfig
-    averages: bool = False
+    momentum_of: str = GRAFTED
+
+    @property
+    def averages(self) -> bool:
+        """Whether preconditioned gradients are averaged, block by block."""
+        return self.momentum_of == PRECONDITIONED
 
     @staticmethod
     def of(group: dict[str, Any]) -> GroupSettings:
@@ -41,7 +45,7 @@ class GroupSettings:
             blocking=group["blocking"],
             statistics=group["statistics"],
             root=group["root"],
-            averages=averages_first(group),
+            momentum_of=group.get("momentum_of", GRAFTED),
         )
 
     def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:

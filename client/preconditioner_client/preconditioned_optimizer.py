@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
 from preconditioner_client.agreement import settings_text
+from preconditioner_client.averaging import averages_first, check_kept_order
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
@@ -53,7 +54,8 @@ class PreconditionedOptimizer(Optimizer):
             raise
         # A copy of a group whose momentum a scheduler cycles has none of its own, if none was asked for.
         cycled = "max_momentum" in param_group and self.defaults["momentum"] == 0
-        self._heavy_balls.append(self.param_groups[-1]["momentum"] > 0 and not cycled)
+        group = self.param_groups[-1]
+        self._heavy_balls.append(averages_first(group) or (group["momentum"] > 0 and not cycled))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -68,7 +70,8 @@ class PreconditionedOptimizer(Optimizer):
         Does no I/O with the service, and waits only as ``staleness`` says, and for other ranks.
 
         Raises:
-            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. (On an
+            ValueError: ``momentum_of`` was changed since the first step. A gradient holds NaN or infinity, on
+                any rank. Nothing has changed then. (On an
                 accelerator, where the host would have to wait to know, there is no error: such a step changes
                 neither statistics nor moments nor weights, may set gradients to zero, and is logged and
                 counted as soon as the host hears of it.) Or ranks do not train the same.
@@ -83,6 +86,8 @@ class PreconditionedOptimizer(Optimizer):
                 loss = closure()
         self._take_cycled_momentum()
         engine = self._planned()
+        for number, (group, plan) in enumerate(zip(self.param_groups, engine.plans, strict=True)):
+            check_kept_order(group, plan.settings.momentum_of, number)
         self._consolidated = self._elsewhere = None
         gradients = [
             working_gradients(group, plan.names)
@@ -193,7 +198,11 @@ class PreconditionedOptimizer(Optimizer):
         checkpoint_check.check(self, engine, state_dict)
         self._consolidated = self._elsewhere = None
         super().load_state_dict(checkpoint.with_settings(self, state_dict))
-        self._heavy_balls = [group["momentum"] > 0 for group in self.param_groups]
+        # One that a scheduler had at 0 is none the less.
+        self._heavy_balls = [
+            heavy or group["momentum"] > 0
+            for heavy, group in zip(self._heavy_balls, self.param_groups, strict=True)
+        ]
         checkpoint.read(self, engine, state_dict)
 
     def _refuse_remains(self, state_dict: dict[str, Any], rank: int) -> None:

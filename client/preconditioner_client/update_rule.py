@@ -85,9 +85,8 @@ def directions_of(
     norms = engine.ranks.norms
     diagonal = directions(grafting, filtered, moments, steps, weights, group["weight_decay"], norms)
     diagonal = [d.contiguous() for d in diagonal]
-    averaging = None
-    if averages_first(group):
-        averaging = Averaging(group["momentum"], 1 - group["dampening"], guard)
+    averaging = Averaging.of(group, guard)
+    if averaging is not None:
         averaging.average_directions([local(state["momentum_buffer"]) for state in own], diagonal)
     updates = _spread(diagonal, present, gradients)
     sources = _spread(filtered, present, gradients)

@@ -147,19 +147,40 @@ def test_the_keys_never_change():
 
 
 def test_averages_of_blocks_have_a_key_of_their_own_and_so_has_their_setting():
-    (model, optimizer), (_, plain) = setup(block_size=16, **AVERAGES), setup(block_size=16)
+    model, optimizer = setup(block_size=16, **AVERAGES)
     train(model, optimizer, range(12))
     state = optimizer.state_dict()
     assert state["state"][0]["block.0:7,0:5.average"].shape == (7, 5)
     assert state["state"][0]["block.0:7,0:5.average"].count_nonzero() == 35
     assert state["param_groups"][0]["momentum_of"] == "preconditioned"
-    plain.load_state_dict(through_a_file(state))
-    assert "momentum_of" not in plain.param_groups[0], "the program that loads has its own settings"
-    assert "block.0:7,0:5.average" not in plain.state_dict()["state"][0]
-    without = setup(block_size=16)[1]
-    train(model, without, range(12))
-    with pytest.raises(ValueError, match=r"0\.weight: the checkpoint lacks 'block\.0:7,0:5\.average'"):
-        optimizer.load_state_dict(without.state_dict())
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_the_averages_of_one_order_are_none_of_the_other(steps):
+    made = {}
+    for order, settings in ("grafted", {}), ("preconditioned", AVERAGES):
+        model, optimizer = made[order] = setup(**settings)
+        train(model, optimizer, range(steps))
+    for saved, running in ("grafted", "preconditioned"), ("preconditioned", "grafted"):
+        model, optimizer = made[running]
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(
+            ValueError,
+            match=rf"group 0 of the checkpoint was saved with momentum_of='{saved}', .* has '{running}'",
+        ):
+            optimizer.load_state_dict(through_a_file(made[saved][1].state_dict()))
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_saved_order_with_what_it_does_not_go_with_is_refused():
+    state = setup(**AVERAGES)[1].state_dict()
+    for spoilt, message in (
+        ({"nesterov": True}, "group 0 of the checkpoint: momentum_of='preconditioned' has no nesterov form"),
+        ({"dampening": 1.0}, "group 0 of the checkpoint: momentum_of='preconditioned' needs dampening < 1"),
+    ):
+        broken = {**state, "param_groups": [{**state["param_groups"][0], **spoilt}]}
+        with pytest.raises(ValueError, match=message):
+            setup(**AVERAGES)[1].load_state_dict(broken)
 
 
 @pytest.mark.parametrize("key", ["momentum_buffer", BLOCK + "average"])

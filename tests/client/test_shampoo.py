@@ -67,6 +67,10 @@ def test_the_common_case_learns_faster_than_its_diagonal_alone():
         ({"momentum_of": "updates"}, "momentum_of must be one of 'grafted', 'preconditioned', not 'updates'"),
         ({"momentum_of": "preconditioned"}, "momentum_of='preconditioned' needs momentum > 0, not 0.0"),
         (
+            {"momentum_of": "preconditioned", "momentum": 0.9, "dampening": 1.0},
+            r"momentum_of='preconditioned' needs dampening < 1, not 1\.0",
+        ),
+        (
             {"momentum_of": "preconditioned", "momentum": 0.9, "nesterov": True},
             "momentum_of='preconditioned' has no nesterov form: take 'grafted'",
         ),

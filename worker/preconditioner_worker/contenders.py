@@ -120,7 +120,7 @@ class Shampoo2020Settings(OptimizerSettings):
 
     name: Literal["shampoo-2020"] = "shampoo-2020"
     lr: Rate = 0.01
-    momentum: Decay = 0.9
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """mu of ``m <- mu m + (1 - mu) P_0 G P_1``."""
     blend_steps: Annotated[int, Field(ge=0)] = 1000
     """From a block's first version on."""

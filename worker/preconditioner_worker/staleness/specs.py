@@ -36,7 +36,7 @@ class StudySettings(Record):
         evaluate_every: steps between evaluations on held-out data.
         drift_every: steps between comparisons with fresh preconditioners; odd, so that all ages are met.
         schedule: of the learning rate.
-        momentum: mu of ``m <- mu m + (1 - mu) u`` over the preconditioned updates u.
+        momentum: mu of ``m <- mu m + (1 - mu) P_0 G P_1``.
         blend_steps: over how many steps after its first version a block passes from the diagonal direction
             to the preconditioned one.
         ema_beta: decay of statistics that are no sum.
@@ -47,7 +47,7 @@ class StudySettings(Record):
     evaluate_every: PositiveInt = 50
     drift_every: PositiveInt = 97
     schedule: Schedule = Schedule(warmup=0.05)
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     blend_steps: Annotated[int, Field(ge=0)] = 1000
     ema_beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
 
