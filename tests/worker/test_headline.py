@@ -53,10 +53,12 @@ def test_a_goal_that_is_missed_says_by_how_much(results: Results) -> None:
     assert "**reached**, 0.600" in wall
 
 
-def with_verdict(results: Results, verdict: Verdict) -> Results:
-    """The same, the first study's A(N) with this verdict for every N, and no other study."""
+def with_verdict(results: Results, verdict: Verdict, least: int = 2) -> Results:
+    """The same, the first study's A(N) with this verdict from ``least`` on, and no other study."""
     folder, study, part = results.arms[0]
-    rows = tuple(row if row.n == 1 else row.model_copy(update={"verdict": verdict}) for row in part.rows)
+    rows = tuple(
+        row if (row.n or 0) < least else row.model_copy(update={"verdict": verdict}) for row in part.rows
+    )
     changed = part.model_copy(update={"rows": rows})
     parts = tuple(changed if other is part else other for other in study.parts)
     return results.model_copy(update={"studies": {folder: study.model_copy(update={"parts": parts})}})
@@ -65,6 +67,9 @@ def with_verdict(results: Results, verdict: Verdict) -> Results:
 def test_the_goal_of_the_delay_is_reached_where_every_n_holds(results: Results) -> None:
     assert "**reached** on text, 12,000 steps" in goals(with_verdict(results, Verdict.HOLDS))[3]
     assert "not reached" in goals(with_verdict(results, Verdict.INCONCLUSIVE))[3]
+    alone = goals(with_verdict(with_verdict(results, Verdict.INCONCLUSIVE), Verdict.HOLDS, 1200))[3]
+    assert "it does on text, 12,000 steps, where some smaller N before it is not shown to" in alone
+    assert "reached" not in alone
     both = results.model_copy(
         update={"studies": {name: study for one in Verdict for name, study in named(results, one)}}
     )
