@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -116,7 +117,11 @@ def test_a_comparison_without_it_is_read():
     path = (
         Path(__file__).parents[2] / "worker" / "results" / "compare" / "digits-batchnorm" / "comparison.json"
     )
-    assert {row.tuned for row in Comparison.model_validate_json(path.read_text()).rows} == {None}
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        del row["tuned"]
+    del content["environment"]
+    assert {row.tuned for row in Comparison.model_validate(content).rows} == {None}
 
 
 def test_the_table_fits_a_narrow_terminal(make_run):
