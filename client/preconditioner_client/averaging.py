@@ -30,9 +30,14 @@ GRAFTED = "grafted"
 ORDERS = (GRAFTED, PRECONDITIONED)
 
 
+def order_of(group: dict[str, Any]) -> Any:
+    """What momentum averages in a group; those of other optimizers do not say, nor those saved before."""
+    return group.get("momentum_of", GRAFTED)
+
+
 def averages_first(group: dict[str, Any]) -> bool:
-    """Whether momentum averages what is grafted only then; groups of other optimizers do not say."""
-    return bool(group.get("momentum_of", GRAFTED) == PRECONDITIONED)
+    """Whether momentum averages what is grafted only then."""
+    return bool(order_of(group) == PRECONDITIONED)
 
 
 def check_order(group: dict[str, Any]) -> None:
@@ -41,7 +46,7 @@ def check_order(group: dict[str, Any]) -> None:
     Raises:
         ValueError: with what was given, and what is possible.
     """
-    order = group.get("momentum_of", GRAFTED)
+    order = order_of(group)
     if order not in ORDERS:
         raise ValueError(f"momentum_of must be one of {', '.join(map(repr, ORDERS))}, not {order!r}")
     if not averages_first(group):
@@ -50,7 +55,8 @@ def check_order(group: dict[str, Any]) -> None:
         raise ValueError(f"momentum_of={order!r} has no nesterov form: take {GRAFTED!r}, or leave it out")
     if not group["dampening"] < 1:
         raise ValueError(
-            f"momentum_of={order!r} needs dampening < 1, not {group['dampening']}: nothing came into averages"
+            f"momentum_of={order!r} needs dampening < 1, not {group['dampening']}, or no gradient enters "
+            f"the averages"
         )
 
 
@@ -65,7 +71,7 @@ def check_kept_order(group: dict[str, Any], planned: str, number: int) -> None:
     Raises:
         ValueError: it was changed since.
     """
-    order = group.get("momentum_of", GRAFTED)
+    order = order_of(group)
     if order != planned:
         raise ValueError(
             f"momentum_of of group {number} became {order!r} after its blocks were made for {planned!r}: "

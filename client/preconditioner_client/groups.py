@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from preconditioner_client.averaging import GRAFTED, PRECONDITIONED, averages_first, check_order
+from preconditioner_client.averaging import PRECONDITIONED, averages_first, check_order, order_of
 from preconditioner_client.config import BlockingConfig, GraftingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.gradients import check_parameter
 from preconditioner_client.options import check_number, python_number
@@ -127,11 +127,10 @@ def check_saved_group(saved: dict[str, Any], group: dict[str, Any], number: int)
         check_order(saved)
     except ValueError as error:
         raise ValueError(f"group {number} of the checkpoint: {error}; mend it in {where}") from None
-    orders = saved.get("momentum_of", GRAFTED), group.get("momentum_of", GRAFTED)
-    if orders[0] != orders[1]:
+    if order_of(saved) != order_of(group):
         raise ValueError(
-            f"group {number} of the checkpoint was saved with momentum_of={orders[0]!r}, the optimizer has "
-            f"{orders[1]!r}: make it with momentum_of={orders[0]!r}, since neither order's averages are the "
+            f"group {number} of the checkpoint was saved with momentum_of={order_of(saved)!r}, the optimizer "
+            f"has {order_of(group)!r}: make it with the saved one, since neither order's averages are the "
             f"other's"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from preconditioner_client.averaging import GRAFTED, PRECONDITIONED
+from preconditioner_client.averaging import GRAFTED, PRECONDITIONED, order_of
 from preconditioner_client.blocks import Partition, partition
 from preconditioner_client.config import BlockingConfig, RootConfig, StatisticsConfig
 from preconditioner_client.distribution import Ranks
@@ -45,7 +45,7 @@ class GroupSettings:
             blocking=group["blocking"],
             statistics=group["statistics"],
             root=group["root"],
-            momentum_of=group.get("momentum_of", GRAFTED),
+            momentum_of=order_of(group),
         )
 
     def cut(self, index: int, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Partition:

@@ -70,11 +70,11 @@ class PreconditionedOptimizer(Optimizer):
         Does no I/O with the service, and waits only as ``staleness`` says, and for other ranks.
 
         Raises:
-            ValueError: ``momentum_of`` was changed since the first step. A gradient holds NaN or infinity, on
-                any rank. Nothing has changed then. (On an
+            ValueError: a gradient holds NaN or infinity, on any rank. Nothing has changed then. (On an
                 accelerator, where the host would have to wait to know, there is no error: such a step changes
                 neither statistics nor moments nor weights, may set gradients to zero, and is logged and
-                counted as soon as the host hears of it.) Or ranks do not train the same.
+                counted as soon as the host hears of it.) Or ``momentum_of`` was changed in a live group, or
+                ranks do not train the same.
             RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
                 goes through a ``GradScaler``.
             ExchangeError: the service refused this trainer for good when it first answered.

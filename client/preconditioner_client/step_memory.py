@@ -93,10 +93,9 @@ def stack_bytes(group: dict[str, Any], plan: GroupPlan) -> tuple[int, int]:
         product = gathered + min(2, len(stack.sides)) * size + rearranged
         lengthened = size + rearranged if lengthens else 0
         grafted = gathered + size + max(lengthened, (lengthens + blends) * size)
-        # Rows of averages that do not follow each other are copied.
-        averaged = gathered + 2 * size if stack.averages is not None else 0
-        averaged_grafted = size + grafted if stack.averages is not None else 0
-        preconditioning = max(preconditioning, product, size + gathering, grafted, averaged, averaged_grafted)
+        # Rows of averages that do not follow each other are copied, and stay until they are grafted.
+        copied = size if stack.averages is not None else 0
+        preconditioning = max(preconditioning, product, size + gathering, grafted + copied)
     return accumulating, preconditioning
 
 

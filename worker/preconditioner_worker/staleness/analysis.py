@@ -86,7 +86,7 @@ class LateStart(Record):
         difference: of final losses, A(N) minus the fresh ones, paired, mean.
         low: of its 90% interval.
         high: of its 90% interval.
-        steps_ratio: of steps to the target, A(N) to the fresh ones.
+        steps_ratio: of steps to the target, A(N) to the fresh ones; as in :class:`Judgement`.
     """
 
     n: int
@@ -95,12 +95,12 @@ class LateStart(Record):
     reason: str
     late_verdict: Verdict
     late_reason: str
-    against_late: Verdict | None = None
-    against_late_reason: str = ""
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    steps_ratio: float | None = None
+    against_late: Verdict
+    against_late_reason: str
+    difference: float
+    low: float
+    high: float
+    steps_ratio: float | None
 
     def describe(self, decimals: int) -> str:
         """In words, with what follows from it.
@@ -118,15 +118,14 @@ class LateStart(Record):
                 f" The late beginning alone is enough to fail: that A({self.n}) does is no evidence against "
                 "stale preconditioners."
             )
-        if self.against_late is not None and self.difference is not None:
-            reason = f" ({self.against_late_reason})" if self.against_late_reason else ""
-            text += (
-                f" Age alone, A({self.n}) against these fresh ones by the same criteria: "
-                f"{self.against_late.value}{reason}, final loss {self.difference:+.{decimals}f} "
-                f"[{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
-            )
-            text += "." if self.steps_ratio is None else f", steps to the target {self.steps_ratio:.3f}."
-        return text
+        ratio = self.steps_ratio
+        steps = "" if ratio is None else f"{ratio:.3f}" if math.isfinite(ratio) else "never"
+        return (
+            f"{text} Age alone, A({self.n}) against these fresh ones by the same criteria: "
+            f"{self.against_late.value} ({self.against_late_reason}), final loss "
+            f"{self.difference:+.{decimals}f} [{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
+            f"{steps and f', steps to the target {steps}'}."
+        )
 
 
 class Part(Record):
