@@ -23,6 +23,7 @@ from preconditioner_client.endpoint import EmbeddedEndpoint, check_installed
 from preconditioner_client.exchange import ExchangeError
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
+from processes import gone
 
 READY = """
     import json, os, sys
@@ -157,7 +158,7 @@ def test_what_it_leaves_behind_is_killed_with_it(start, monkeypatch):
     first = located(service)
     (child,) = psutil.Process(service.pid).children()
     os.kill(service.pid, signal.SIGKILL)
-    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: gone([child]))
     until(lambda: (place := service.locate(0.1)) is not None and place[0] != first)
 
 

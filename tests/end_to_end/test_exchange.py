@@ -21,6 +21,7 @@ from preconditioner_client.roots import inverse_root
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_protos import unpacking_indices
+from processes import command_line, family, gone, kill
 
 START_SECONDS = 120.0
 
@@ -39,14 +40,6 @@ def services(parent: psutil.Process | None = None) -> list[psutil.Process]:
     return found
 
 
-def family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
 def connected(exchange: ServiceExchange, spec: SessionSpec) -> SessionSpec:
     before = exchange.generation
     exchange.open(spec)
@@ -60,9 +53,9 @@ def exchange():
     connected(exchange, session((6, 9), (40,), job="shared", epoch=1))
     yield exchange
     (service,) = services()
-    processes = family(service)
+    processes = family(service.pid)
     exchange.close()
-    until(lambda: not alive(processes), 20, "the service and its Ray to end")
+    until(lambda: gone(processes), 20, "the service and its Ray to end")
 
 
 epochs = iter(range(2, 1000))
@@ -152,7 +145,7 @@ def test_after_a_kill_versions_arrive_again(exchange, caplog):
     exchange.offer([snapshot(spec, 0, 1)], 1)
     collect(exchange, 1, 60)
     (service,) = services()
-    processes = family(service)
+    processes = family(service.pid)
     generation = exchange.generation
     service.kill()
     until(lambda: not exchange.counters()["connected"])
@@ -161,7 +154,7 @@ def test_after_a_kill_versions_arrive_again(exchange, caplog):
     exchange.offer([snapshot(spec, 0, 3)], 3)
     (arrival,) = collect(exchange, 1, 60)
     assert isinstance(arrival, Arrival)
-    until(lambda: not alive(processes), 20, "the Ray of the killed service to end")
+    until(lambda: gone(processes), 20, "the Ray of the killed service to end")
     (again,) = services()
     assert again.pid != service.pid
 
@@ -197,13 +190,12 @@ def test_the_service_ends_with_a_trainer_that_is_killed():
         child = psutil.Process(int(line))
         try:
             (service,) = services(psutil.Process(trainer.pid))
-            processes = family(service)
+            processes = family(service.pid)
             assert len(processes) > 3  # Ray's are among them
             trainer.kill()
-            until(lambda: not alive(processes), 20, "the service and its Ray to end")
+            until(lambda: gone(processes), 20, "the service and its Ray to end")
         finally:
-            if child.is_running():
-                child.kill()
+            kill([child])
             trainer.kill()
 
 
@@ -217,7 +209,7 @@ def test_an_embedded_service_that_cannot_start_says_why(monkeypatch):
             exchange.collect(0)
     finally:
         exchange.close()
-    assert not [s for s in services() if "2" in s.cmdline()]
+    assert not [s for s in services() if "2" in command_line(s).split()]
 
 
 def test_an_explicit_address_with_the_wrong_token(exchange):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fault_catalogue import FaultReport
 from fault_stage import Stage
+from processes import alive, command_line
 from service_process import ServiceProcess, wait_for
 
 REPORT = pytest.StashKey[FaultReport]()
@@ -99,12 +100,12 @@ def nobody_left_behind():
 
     def left():
         return [
-            process
-            for process in me.children(recursive=True)
-            if process.pid not in before and process.status() != psutil.STATUS_ZOMBIE
+            process for process in me.children(recursive=True) if process.pid not in before and alive(process)
         ]
 
     try:
         wait_for(lambda: not left(), timeout=30, what="the end of every process that was started")
     except AssertionError as error:
-        raise AssertionError(f"{error}: {[(process.pid, process.cmdline()) for process in left()]}") from None
+        raise AssertionError(
+            f"{error}: {[(process.pid, command_line(process)) for process in left()]}"
+        ) from None

@@ -13,6 +13,7 @@ import pytest
 from fault_stage import BACK, LARGE
 from histories import OF_A_SERVICE, Histories
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from processes import gone
 from raw_trainer import RawTrainer, expected_root, manifest, open_request, statistics
 from service_process import TOKEN, ServiceProcess, wait_for
 
@@ -131,13 +132,6 @@ def test_out_of_memory_by_limit(stage, fault_report, matrix):
         raw.close()
 
 
-def ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @contextlib.contextmanager
 def memory_cgroup(megabytes: int):
     """A function that puts a process under a limit of further memory, by the kernel; skips without rights."""
@@ -165,9 +159,7 @@ def test_out_of_memory_by_the_kernel(stage, fault_report, matrix):
         confine(actor.pid)
         fault.injected("64 MiB left to the actor by its cgroup, a block that needs more")
         stream.snapshot(0, 1, matrix)
-        wait_for(
-            lambda: not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE, what="the OOM kill"
-        )
+        wait_for(lambda: gone([actor]), what="the OOM kill")
         fault.detected("the kernel's OOM killer ended the actor")
         stream.until(lambda: stream.versions() == [(0, 1)])
         assert abs(stream.root(0, 1) - expected_root(matrix)).max() < 1e-3, (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -14,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
-import psutil
+from processes import family, kill
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -82,10 +81,5 @@ def end_fork(process: BaseProcess) -> None:
     """End it and what it has started, whatever they do."""
     if process.is_alive():
         assert process.pid is not None
-        # It may end at any moment.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            whole = psutil.Process(process.pid)
-            for one in [*whole.children(recursive=True), whole]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+        kill(reversed(family(process.pid)))
     process.join()

@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from processes import family, kill
 from service_process import free_port, wait_for
 
 
@@ -75,11 +74,7 @@ class RayCluster:
 
     def close(self) -> None:
         """Kill everything. (Not by `ray stop`: that ends every Ray of the machine.)"""
-        family = [psutil.Process(self._process.pid)]
-        family += family[0].children(recursive=True)
-        for process in reversed(family):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+        kill(reversed(family(self._process.pid)))
         self._process.wait(10)
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             pipe.close()

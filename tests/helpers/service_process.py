@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from processes import alive, command_line, kill
+
 TOKEN = "a-token-for-tests-only-0123456789"
 
 
@@ -35,13 +37,6 @@ def wait_for(condition, timeout=60.0, what="the condition"):
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {timeout} s")
         time.sleep(0.05)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def _temporary_log() -> str:
@@ -115,7 +110,7 @@ class ServiceProcess:
     def family(self, title: str) -> list[psutil.Process]:
         """Ray's processes with this in their command lines, as they are now."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in family if title in _title(process)]
+        return [process for process in family if title in command_line(process)]
 
     def actors(self) -> list[psutil.Process]:
         """The processes that compute roots."""
@@ -137,7 +132,7 @@ class ServiceProcess:
 
     def survivors(self) -> list[psutil.Process]:
         """Ray's processes that outlived the service."""
-        return [p for p in self._family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self._family if alive(process)]
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -152,9 +147,7 @@ class ServiceProcess:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
                     pipe.close()
-        for straggler in self.survivors():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                straggler.kill()
+        kill(self.survivors())
         if self._own_log:
             Path(self._log).unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from processes import command_line, family, kill
 from raw_trainer import RawTrainer, wait_for
 
 TOKEN = "a-token-of-the-tests-7f3a"
@@ -49,38 +49,24 @@ class ServiceProcess:
 
     def family(self) -> list[psutil.Process]:
         """The service and all of Ray's processes."""
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
+        return family(self.process.pid)
 
     def workers(self) -> list[psutil.Process]:
-        return [process for process in self.family() if "RootWorker" in " ".join(process.cmdline())]
+        return [process for process in self.family() if "RootWorker" in command_line(process)]
 
     def end(self) -> None:
-        family = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = self.family()
+        members = self.family()
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+        kill(members)
         self.process.wait(10)
         self.process.stdin.close()
         self.process.stdout.close()
 
 
 _numbers = itertools.count()
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    """A zombie that nobody waits for, as in a container without init, is gone too."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                return False
-    return True
 
 
 @pytest.fixture(scope="session")

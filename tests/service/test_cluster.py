@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import gone
 
+from processes import command_line, family, gone, kill
 from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
 
 
@@ -45,12 +43,10 @@ def cluster():
         wait_for(lambda: "Ray runtime started" in (directory / "head.log").read_text())
         yield f"127.0.0.1:{port}", token, head
     finally:
-        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-        for process in reversed(family):
-            if process.is_running():
-                process.send_signal(signal.SIGKILL)
+        members = family(head.pid)
+        kill(reversed(members))
         head.wait()
-        wait_for(lambda: gone(family))
+        wait_for(lambda: gone(members))
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -67,8 +63,7 @@ def test_an_existing_cluster_computes_and_outlives_the_service(start, cluster):
     stream.until(lambda: stream.arrived)
     assert abs(stream.root(0, 1) - expected_root(statistics(32))).max() < 1e-5
     wait_for(lambda: trainer.status().workers == 2)
-    family = psutil.Process(head.pid).children(recursive=True)
-    assert [p.nice() for p in family if "RootWorker" in " ".join(p.cmdline())] == [3, 3]
+    assert [p.nice() for p in family(head.pid) if "RootWorker" in command_line(p)] == [3, 3]
     service.process.terminate()
     assert service.process.wait(30) == 0
     assert token not in service.log()

@@ -25,6 +25,7 @@ from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 from preconditioner_service import tokens
 from preconditioner_service.certificates import make_certificates
 from preconditioner_service.settings import ServeSettings
+from processes import command_line, named
 from raw_trainer import wait_for
 
 GOOD, ROTATED, FOREIGN, WRONG, PASTED = (
@@ -95,7 +96,7 @@ class Site:
             )
 
     def process(self, name: str) -> psutil.Process:
-        return next(process for process in self.service.family() if process.name() == name)
+        return named(name, self.service.family())
 
     def ray_environment(self) -> dict[str, str]:
         return self.process("raylet").environ()
@@ -203,7 +204,7 @@ def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_
     ]
     assert ray_logs
     said += [path.read_text(errors="replace") for path in ray_logs]
-    said += [" ".join(process.cmdline()) for process in site.service.family()]
+    said += [command_line(process) for process in site.service.family()]
     everything = "\n".join(said)
     assert "secretive" in everything, "what is searched is what was said"
     for secret in site.secrets():

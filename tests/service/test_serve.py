@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from conftest import TOKEN, gone
+from conftest import TOKEN
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
+from processes import command_line, family, gone, kill, named
 from raw_http2 import Connection, framed
 from raw_trainer import manifest, open_request, statistics, wait_for
 
@@ -28,7 +30,7 @@ def test_ready_line(service):
 
 
 def test_rays_directory_is_closed_to_other_users(service):
-    raylet = next(process for process in service.family() if process.name() == "raylet")
+    raylet = named("raylet", service.family())
     option = next(part for part in raylet.cmdline() if part.startswith("--store_socket_name="))
     directory = Path(option.partition("=")[2]).parents[3]
     assert directory.name.startswith("preco-")
@@ -87,7 +89,7 @@ def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     deaf = Connection(service.address, window=0)  # it has no room for a byte, and delays nothing
     deaf.send(deaf.call("/grpc.health.v1.Health/Watch", None), framed(b""), end=True)
-    family = service.family()
+    members = service.family()
     service.process.send_signal(signal.SIGTERM)
     stream.until(lambda: stream.drains)
     assert stream.drains[0].grace_seconds == 30
@@ -102,7 +104,7 @@ def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
     watch.cancel()
     assert service.process.wait(30) == 0
     deaf.close()
-    wait_for(lambda: gone(family), timeout=10)
+    wait_for(lambda: gone(members), timeout=10)
     log = service.log()
     assert "draining" in log
     assert "complete=True" in log
@@ -110,10 +112,10 @@ def test_sigterm_drains_what_was_acknowledged(start, tmp_path):
 
 def test_the_services_end_by_sigkill_ends_ray_too(start):
     service = start("--num-workers=1")
-    family = service.family()
-    assert len(family) > 3
+    members = service.family()
+    assert len(members) > 3
     os.kill(service.process.pid, signal.SIGKILL)
-    wait_for(lambda: gone(family), timeout=20)
+    wait_for(lambda: gone(members), timeout=20)
 
 
 _TRAINER = """
@@ -145,10 +147,9 @@ def test_the_parents_end_by_sigkill_ends_the_service_although_a_child_holds_the_
     try:
         ready = json.loads(trainer.stdout.readline())
         child = int(trainer.stdout.readline())
-        own = psutil.Process(ready["pid"])
-        family = [own, *own.children(recursive=True)]
+        members = family(ready["pid"])
         os.kill(trainer.pid, signal.SIGKILL)
-        wait_for(lambda: gone(family), timeout=20)
+        wait_for(lambda: gone(members), timeout=20)
         assert psutil.pid_exists(child)
     finally:
         trainer.kill()
@@ -165,10 +166,10 @@ def test_end_of_file_on_stdin_ends_the_service_without_the_drain(start):
     stream = trainer.attach(credit_bytes=0, answer=False)
     stream.snapshot(0, 1, statistics(4))
     stream.until(lambda: stream.arrived)  # no receipt: a drain would wait for it
-    family = service.family()
+    members = service.family()
     service.process.stdin.close()
     assert service.process.wait(15) == 0
-    wait_for(lambda: gone(family), timeout=10)
+    wait_for(lambda: gone(members), timeout=10)
     assert 'sign="end of file on stdin"' in service.log()
     assert "complete=False" in service.log()
 
@@ -180,8 +181,7 @@ def test_a_worker_killed_at_work_costs_time_only(service, trainer, job, all_work
     for block in range(12):
         stream.snapshot(block, 1, matrix, matrix)
     stream.until(lambda: stream.arrived)
-    for worker in service.workers():
-        worker.send_signal(signal.SIGKILL)
+    kill(service.workers())
     stream.until(lambda: len(stream.arrived) == 12)
     assert sorted(stream.versions()) == [(block, 1) for block in range(12)]
     assert not stream.nacks
@@ -201,7 +201,7 @@ def test_a_frozen_worker_is_replaced(service, trainer, job, all_workers):
         stream.until(lambda: {(block, 3) for block in range(200)} <= set(stream.versions()))
         wait_for(lambda: gone([frozen]), timeout=30)
     finally:
-        if frozen.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             frozen.resume()
     wait_for(lambda: trainer.status().workers == 2)
     assert not [nack for nack in stream.nacks if nack.reason != pb.NACK_REASON_OUTDATED]
@@ -219,7 +219,7 @@ def test_secrets_never_reach_logs(service, trainer, job):
     assert TOKEN not in log
     assert "another-secret-93ab" not in log
     assert opened.session_id not in log
-    assert TOKEN not in " ".join(" ".join(process.cmdline()) for process in service.family())
+    assert TOKEN not in " ".join(command_line(process) for process in service.family())
 
 
 def test_the_trainers_words_cannot_forge_log_lines(service, trainer, job):
