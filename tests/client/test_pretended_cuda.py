@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,6 +155,29 @@ def test_page_locked_memory_that_changes_under_a_copy():
         host.numpy()[0] = 7.0
         pretended.synchronize()
         del kept
+
+
+def test_threads_look_while_others_launch(pretended):
+    """As those of an exchange, and a trainer; a copy ends in whichever thread looks."""
+    stream = torch.cuda.Stream(FIRST)
+
+    def arrived(target, event):
+        while not event.query():
+            pass
+        return target.tolist()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool, torch.cuda.stream(stream):
+            found = []
+            for value in range(400):
+                target = torch.empty(3).pin_memory()
+                target.copy_(torch.full((3,), float(value), device=FIRST), non_blocking=True)
+                found.append(pool.submit(arrived, target, stream.record_event()))
+            assert [one.result() for one in found] == [[float(value)] * 3 for value in range(400)]
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_devices_on_which_a_context_is_made(pretended):

@@ -7,10 +7,22 @@ for the host: who may not know yet that a piece of work is done must not build o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 
 import torch
+
+
+def alone(method):
+    """One thread at a time: a trainer's and those of its exchange use the accelerator together."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with getattr(self, "runtime", self).lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Runtime:
@@ -27,6 +39,8 @@ class Runtime:
 
     def __init__(self, lag):
         self.lag = lag
+        # What is freed meanwhile, and what a copy does when it ends, come back here.
+        self.lock = threading.RLock()
         self.host = {}
         self.contexts = set()
         self.faults = []
@@ -51,6 +65,7 @@ class Runtime:
         index = device if device is None or isinstance(device, int) else torch.device(device).index
         return self.device if index is None else index
 
+    @alone
     def current(self, device=None):
         """The thread's stream for new work on a device."""
         index = self.index_of(device)
@@ -83,6 +98,7 @@ class Runtime:
             raise RuntimeError(f"the host waits for the accelerator: {what}")
         self.observe(clock)
 
+    @alone
     def observe(self, clock):
         """The host learns that this is done."""
         merge(self.host, clock)
@@ -92,10 +108,12 @@ class Runtime:
         for _, _, finish in finished:
             finish()
 
+    @alone
     def later(self, stream, tick, finish):
         """Call ``finish`` once the host knows of this piece of work that it is done."""
         self._pending.append((stream, tick, finish))
 
+    @alone
     def knows(self, clock, stream, tick):
         return max(clock.get(stream, 0), self.host.get(stream, 0)) >= tick
 
@@ -119,6 +137,7 @@ class Stream:
     def __repr__(self):
         return f"<stream {self.number} of {self.device}>"
 
+    @alone
     def launch(self, what, reads=(), writes=()):
         """A kernel that reads and writes such memory; returns its tick."""
         # Whatever the host knows to be done when it launches is done.
@@ -139,9 +158,11 @@ class Stream:
         if access is not None and not self.runtime.knows(self.clock, *access):
             raise RuntimeError(f"{complaint}: a race with {access[0]}")
 
+    @alone
     def wait_stream(self, stream):
         merge(self.clock, stream.clock)
 
+    @alone
     def wait_event(self, event):
         merge(self.clock, event.clock or {})
 
@@ -163,6 +184,7 @@ class Event:
         self.clock = None
         self._asked = 0
 
+    @alone
     def record(self, stream=None):
         stream = stream or self.runtime.current()
         self.device, self.clock, self._asked = stream.device, dict(stream.clock), 0
@@ -170,6 +192,7 @@ class Event:
     def wait(self, stream=None):
         (stream or self.runtime.current()).wait_event(self)
 
+    @alone
     def query(self):
         self.runtime.touch()
         if self.clock is None or all(self.runtime.host.get(s, 0) >= tick for s, tick in self.clock.items()):
