@@ -23,7 +23,12 @@ from raw_trainer import manifest, wait_for
 
 
 @pytest.fixture
-def log_lines(capsys):
+def log_lines(capsys, monkeypatch):
+    # All that is set up is as before when the test has ended: others listen to the same logger.
+    monkeypatch.setattr(logs.LOGGER, "propagate", logs.LOGGER.propagate)
+    level_before = logs.LOGGER.level
+    monkeypatch.setattr(logs.LOGGER, "handlers", [])
+
     def lines(level: str, log_format: str) -> list[str]:
         logs.set_up(level, log_format)
         logs.event(logging.INFO, "session opened", job="a", client='x" y=1\nforged', event="inner")
@@ -31,7 +36,7 @@ def log_lines(capsys):
         return capsys.readouterr().err.splitlines()
 
     yield lines
-    logs.LOGGER.handlers.clear()
+    logs.LOGGER.setLevel(level_before)
 
 
 def test_text_lines(log_lines):
