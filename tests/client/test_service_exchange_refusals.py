@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 from concurrent import futures
 
 import grpc
@@ -21,6 +20,7 @@ from preconditioner_service.calls import EndOfStream
 from preconditioner_service.decoding import decode_open_request
 from preconditioner_service.policy import Grant
 from preconditioner_service.quotas import QuotaError, Quotas, Usage
+from service_process import free_port
 
 
 def test_a_superseded_trainer_never_comes_back(front, connect, caplog):
@@ -214,12 +214,6 @@ def test_something_else_at_the_address_is_told_at_construction(connect):
             connect(f"127.0.0.1:{port}")
     finally:
         server.stop(None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_an_unreachable_service_is_warned_of_once_and_found_later(connect, caplog):

@@ -43,6 +43,17 @@ def alive(process: psutil.Process) -> bool:
     return False
 
 
+def listening(processes: Iterable[psutil.Process]) -> set[tuple[str, int]]:
+    """Addresses and ports on which one of them takes TCP connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
 def gone(processes: Iterable[psutil.Process]) -> bool:
     """Whether none of them is alive."""
     return not any(alive(process) for process in processes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,14 +14,13 @@ import pytest
 
 from processes import command_line, family, gone, kill
 from raw_trainer import expected_root, manifest, open_request, statistics, wait_for
+from service_process import free_port
 
 
 @pytest.fixture
 def cluster():
     """Address, token and process of a head of its own. (Not `ray stop`: it ends every Ray of the machine.)"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # Not below pytest's directory: a unix socket's path must be short.
     directory = Path(tempfile.mkdtemp(prefix="rayhead-", dir="/tmp"))
     token = secrets.token_hex(32)

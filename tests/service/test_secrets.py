@@ -25,7 +25,7 @@ from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 from preconditioner_service import tokens
 from preconditioner_service.certificates import make_certificates
 from preconditioner_service.settings import ServeSettings
-from processes import command_line, named
+from processes import command_line, listening, named
 from raw_trainer import wait_for
 
 GOOD, ROTATED, FOREIGN, WRONG, PASTED = (
@@ -229,12 +229,7 @@ def test_rays_own_authentication_is_on(site):
 def test_no_port_of_rays_serves_who_has_no_token(site):
     """Whatever listens beside our own port, on whichever address, answers gRPC and HTTP with a refusal."""
     own = int(site.service.address.rpartition(":")[2])
-    addresses = {
-        connection.laddr
-        for process in site.service.family()
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port != own
-    }
+    addresses = {(ip, port) for ip, port in listening(site.service.family()) if port != own}
     assert addresses
     methods = (
         "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",

@@ -246,7 +246,8 @@ def test_reattaching_after_a_broken_stream(trainer, job):
     assert second.nacks[0].reason == pb.NACK_REASON_OUTDATED
 
 
-def test_work_goes_on_while_no_stream_is_there(trainer, job):
+def test_work_goes_on_while_no_stream_is_there(start, job):
+    trainer = start("--num-workers=1", "--session-ttl=60").trainer()
     trainer.open(open_request(job, manifest((512, 512))))
     first = trainer.attach()
     matrix = statistics(512)
@@ -257,6 +258,7 @@ def test_work_goes_on_while_no_stream_is_there(trainer, job):
     second = trainer.attach()
     second.until(lambda: second.arrived)
     assert abs(second.root(0, 1) - expected_root(matrix)).max() < 1e-5
+    trainer.channel.close()
 
 
 def test_a_session_outlives_its_stream_by_its_ttl_only(trainer, job):
