@@ -113,7 +113,9 @@ def begun(monkeypatch):
 
 @pytest.fixture
 def service():
-    service = InProcessService(token=TOKEN, max_call_rate=RATE)
+    """It has room for all calls of a test: the message of a call may come later than 16 calls after it, and
+    which of them are displaced is not the rate's."""
+    service = InProcessService(token=TOKEN, max_call_rate=RATE, max_waiting_calls=2000)
     yield service
     service.stop()
 
