@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from service_process import ServiceProcess
+from service_process import ServiceProcess, wait_for
 from small_training import Training
 
 
@@ -49,10 +49,8 @@ def test_waiting_ends_when_the_service_is_back(service):
         thawed = []
 
         def thaw_when_it_waits():
-            steps = None
-            while steps != len(training.seconds):
-                steps = len(training.seconds)
-                time.sleep(3.0)
+            wait_for(lambda: training.optimizer.metrics()["waits"] > 0)
+            time.sleep(1.0)  # of the wait
             thawed.append(True)
             service.thaw()
 
@@ -62,6 +60,7 @@ def test_waiting_ends_when_the_service_is_back(service):
         try:
             training.until(lambda: training.optimizer.metrics()["waits"] > 0)
             assert thawed
+            assert max(training.seconds) > 0.5
         finally:
             thawing.join()
         metrics = training.optimizer.metrics()

@@ -21,7 +21,7 @@ def serving():
     with contextlib.ExitStack() as stack:
 
         def start(**settings: object) -> InProcessService:
-            service = InProcessService(token=TOKEN, answer_timeout=0.2, **settings)
+            service = InProcessService(token=TOKEN, **settings)
             stack.callback(service.stop)
             return service
 
@@ -51,7 +51,7 @@ def test_calls_that_never_send_their_message_keep_no_trainer_out(serving, method
 
 @pytest.mark.parametrize("method", [CHECK, WATCH, f"{SERVICE}GetStatus"])
 def test_answers_that_are_not_taken_keep_no_place(serving, method):
-    service = serving(max_streams=8)
+    service = serving(max_streams=8, answer_timeout=0.2)
     connection = Connection(service.address, window=0)
     for _ in range(8):
         connection.send(connection.call(method, TOKEN), framed(b""), end=True)
