@@ -29,7 +29,7 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "shampoo-sum-grafted": (2e-2, 3.5e-2, 6e-2, 0.1, 0.2, 0.35),
     "shampoo-ema-grafted": (2e-2, 3.5e-2, 6e-2, 0.1, 0.2, 0.35),
     "shampoo-sum-ungrafted": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+    "shampoo-ema-ungrafted": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
 }
 
 _REGRESSION = (0.05, 0.1, 0.2, 0.4, 0.8)
