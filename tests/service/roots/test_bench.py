@@ -5,16 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from pydantic_settings import CliApp
 
-from preconditioner_service.bench import Bench
 from preconditioner_service.bench import fuzz_roots as fuzz
+from preconditioner_service.cli import main
 from preconditioner_service.roots import inverse_root
 
 
 def test_fuzz_finds_nothing_wrong(tmp_path, capsys):
     target = tmp_path / "fuzz.json"
-    CliApp.run(Bench, cli_args=["fuzz-roots", "--count", "4000", "--seed", "1", "--json", str(target)])
+    main(["bench", "fuzz-roots", "--count", "4000", "--seed", "1", "--json", str(target)])
     result = json.loads(target.read_text())
     assert (result["matrices"], result["wrong"], result["unexpected"]) == (4000, 0, 0)
     assert result["roots"] > 2000
@@ -34,7 +33,7 @@ def test_fuzz_would_find_a_wrong_root(monkeypatch):
 
     monkeypatch.setattr(fuzz, "inverse_roots", spoilt)
     with pytest.raises(SystemExit, match="wrong"):
-        CliApp.run(Bench, cli_args=["fuzz-roots", "--count", "200"])
+        main(["bench", "fuzz-roots", "--count", "200"])
 
 
 def test_fuzz_reports_an_unexpected_exception(monkeypatch):
@@ -43,13 +42,13 @@ def test_fuzz_reports_an_unexpected_exception(monkeypatch):
 
     monkeypatch.setattr(fuzz, "inverse_roots", broken)
     with pytest.raises(SystemExit, match=r"200 unexpected.*planted"):
-        CliApp.run(Bench, cli_args=["fuzz-roots", "--count", "200"])
+        main(["bench", "fuzz-roots", "--count", "200"])
 
 
 def test_bench_measures_and_writes(tmp_path, capsys):
     target = tmp_path / "bench.json"
     arguments = ["roots", "--sizes", "16,160", "--repeats", "1", "--seconds", "0", "--json", str(target)]
-    CliApp.run(Bench, cli_args=arguments)
+    main(["bench", *arguments])
     result = json.loads(target.read_text())
     assert [row["n"] for row in result["rows"]] == [16, 160]
     for row in result["rows"]:
@@ -69,7 +68,7 @@ def test_bench_without_torch_says_so(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(SystemExit, match="torch"):
-        CliApp.run(Bench, cli_args=["roots", "--sizes", "16"])
+        main(["bench", "roots", "--sizes", "16"])
 
 
 def test_fuzz_check_accepts_an_honest_root():

@@ -6,7 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
-from statistics import fmean, median, stdev
+from statistics import fmean, median
+
+import numpy as np
 
 from preconditioner_worker.results import ResultError
 from preconditioner_worker.staleness.arms import ArmKind
@@ -344,7 +346,7 @@ def _row(seeds: Seeds, diagonal: Seeds, *, reference: Seeds | None = None, half_
         diverged=sum(run.diverged for run in runs),
         lr=first.lr,
         final_loss=fmean(losses) if finite else math.inf,
-        deviation=stdev(losses) if finite and len(runs) > 1 else None,
+        deviation=float(np.std(losses, ddof=1)) if finite and len(runs) > 1 else None,
         pairs=None if judgement is None else judgement.seeds,
         difference=None if judgement is None else judgement.difference.mean,
         low=None if judgement is None else judgement.difference.low,
