@@ -91,7 +91,9 @@ class GraftingConfig:
     It alone serves where there is no preconditioner.
 
     Attributes:
-        method: ``none`` takes the preconditioned gradient as it is.
+        method: ``none`` takes the preconditioned gradient as it is. With statistics as an EMA do so only
+            where preconditioners are at most about a hundred steps old: in the study of the worker's
+            README older ones cost final loss without grafting, and not with it.
         beta2: decay of the second moment, for ``rmsprop`` (torch calls it alpha) and ``adam``.
         epsilon: added to the root of the second moment.
         trust_coefficient: eta of ``lars``.

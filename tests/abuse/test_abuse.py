@@ -24,9 +24,13 @@ Where resets come fast enough for the calls that wait to begin to reach their bo
 CANCELLED, and these would be taken for answers to the attacks beside.
 """
 
+_DISPLACES = {attacks.silent_calls, attacks.silent_checks, attacks.trickled_calls}
+"""These displace calls whose first message is on its way, also those of other attacks."""
+
 _ONE_BY_ONE = [[case] for case in CASES if case.attack in _FILLS]
-_TOGETHER = [case for case in CASES if case.attack not in _FILLS]
-_GROUPS = [*(_TOGETHER[start::4] for start in range(4)), *_ONE_BY_ONE]
+_DISPLACING = [case for case in CASES if case.attack in _DISPLACES]
+_TOGETHER = [case for case in CASES if case.attack not in _FILLS | _DISPLACES]
+_GROUPS = [*(_TOGETHER[start::4] for start in range(4)), _DISPLACING, *_ONE_BY_ONE]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from accelerators import ACCELERATORS, accelerator_named
 from distributed_ranks import run_ranks
 from fake_front import FakeFront
+from preconditioner_client import supervisor, tls_probe
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_client.service_exchange import ServiceExchange
 from preconditioner_client.supervisor import Supervisor
@@ -24,6 +25,9 @@ def front():
 def connect(monkeypatch):
     """Makes exchanges that are closed at the end."""
     monkeypatch.setattr(Supervisor, "REFUSED_PAUSE", 0.1)
+    # Fronts of this process answer, but may get no time to for a second.
+    monkeypatch.setattr(supervisor, "_CLOSE_SESSION_SECONDS", 30.0)
+    monkeypatch.setattr(tls_probe, "_LONGEST_WAIT", 30.0)
     made: list[ServiceExchange] = []
 
     def make(address: str, **settings) -> ServiceExchange:

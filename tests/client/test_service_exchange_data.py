@@ -168,8 +168,7 @@ def test_one_block_larger_than_the_credit_is_sent_all_the_same(front, connect):
 def test_receipts_share_messages(front, connect):
     exchange = connect(front.address)
     opened(exchange, session(*[(2,)] * 300))
-    for block in range(300):
-        front.stream.push(PackedBlock(block, 1, (np.ones(3, "<f4"),)))
+    front.stream.push(*(PackedBlock(block, 1, (np.ones(3, "<f4"),)) for block in range(300)))
     until(lambda: len(front.stream.receipts) == 300)
     assert sorted(front.stream.receipts) == [(block, 1) for block in range(300)]
     assert front.stream.receipt_messages < 100

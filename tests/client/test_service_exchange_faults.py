@@ -245,7 +245,7 @@ def test_what_was_acknowledged_is_not_sent_again_in_the_same_session(front, conn
 
 
 def test_another_session_replaces_the_one_before(front, connect):
-    exchange = connect(front.address)
+    exchange = connect(front.address, close_timeout=30)
     spec = opened(exchange, session((3,), epoch=1))
     exchange.offer([snapshot(spec, 0, 50)], 50)
     collect(exchange, 1)

@@ -40,14 +40,14 @@ def test_a_service_that_does_not_read_blocks_nothing(front, connect):
     exchange = connect(front.address, close_timeout=0.5)
     spec = opened(exchange, session(*[(500, 500)] * 8))
     front.reading.clear()
-    longest = 0.0
+    seconds = []
     for step in range(1, 60):
         snapshots = [snapshot(spec, step % 8, step)]
         began = time.perf_counter()
         exchange.offer(snapshots, step)
         exchange.collect(step)
-        longest = max(longest, time.perf_counter() - began)
-    assert longest < 0.2
+        seconds.append(time.perf_counter() - began)
+    assert sorted(seconds)[-3] < 0.2  # from two the machine may take more; who waits does in each
     assert exchange.counters()["snapshots_replaced"] > 0
     began = time.monotonic()
     exchange.close()
@@ -65,7 +65,7 @@ def test_attached_that_never_comes_is_given_up_and_tried_again(front, connect):
 
 def test_closing_ends_session_and_threads(front, connect):
     before = set(threading.enumerate())
-    exchange = connect(front.address)
+    exchange = connect(front.address, close_timeout=30)
     opened(exchange, session())
     exchange.close()
     exchange.close()
@@ -111,8 +111,10 @@ def tell():
 
 from exchange_session import opened, session
 from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client import supervisor
 from preconditioner_client.service_exchange import ServiceExchange
 
+supervisor._CLOSE_SESSION_SECONDS = 30.0
 exchange = ServiceExchange(ServiceConfig(address=sys.argv[1]))
 opened(exchange, session())
 del exchange
@@ -164,8 +166,10 @@ FORKING = """
 import os, sys
 from exchange_session import collect, opened, session, snapshot
 from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client import supervisor
 from preconditioner_client.service_exchange import ServiceExchange
 
+supervisor._CLOSE_SESSION_SECONDS = 30.0
 exchange = ServiceExchange(ServiceConfig(address=sys.argv[1]))
 spec = opened(exchange, session())
 child = os.fork()

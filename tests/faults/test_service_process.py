@@ -107,6 +107,8 @@ def test_drained_under_load(stage, fault_report):
         raw.open(open_request("loaded", manifest(*[(512,)] * count)))
         stream = raw.attach()
         matrix = statistics(512, seed=stage.seed())
+        actor = stage.actor()
+        actor.suspend()
         for block in range(count):
             stream.snapshot(block, 1, matrix)
         stream.until(lambda: len(stream.receipts) == count)
@@ -114,6 +116,7 @@ def test_drained_under_load(stage, fault_report):
         assert len(stream.arrived) < count
         stage.service.signal(signal.SIGTERM)
         stream.until(lambda: stream.drains)
+        actor.resume()
         stream.snapshot(0, 2, matrix)  # may cross the Drain on its way: refused or computed, never lost
         stream.until(lambda: stream.ended)
         assert stream.code is grpc.StatusCode.UNAVAILABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import grpc
 import pytest
@@ -41,15 +42,25 @@ def start(stage):
         trainer.close()
 
 
+def stopped_behind_its_checkpoint(trainer):
+    """Whether it stands now in the second half of the way to its next checkpoint; it goes on if not."""
+    trainer.process.send_signal(signal.SIGSTOP)
+    said = None
+    while said != len(trainer.steps):  # what it has said is read
+        said = len(trainer.steps)
+        time.sleep(0.2)
+    if trainer.metrics["step"] > 20 and 10 < trainer.metrics["step"] % 20 < 19:
+        return True
+    trainer.process.send_signal(signal.SIGCONT)
+    return False
+
+
 def test_killed_and_resumed_at_an_older_step(stage, start, fault_report, tmp_path):
     with fault_report.fault("trainer killed and resumed") as fault:
         checkpoint = str(tmp_path / "checkpoint.pt")
         first = start("resumed", checkpoint=checkpoint)
         until_fresh(first)
-        first.until(
-            lambda: first.metrics["step"] > 20 and first.metrics["step"] % 20 > 10,
-            what="a step behind its checkpoint",
-        )
+        wait_for(lambda: stopped_behind_its_checkpoint(first), what="a step behind its checkpoint")
         seen = stage.service.log.count("stream detached")
         fault.injected("SIGKILL between two checkpoints")
         first.process.kill()

@@ -149,6 +149,7 @@ class FakeFront(rpc.PreconditionerServiceServicer):
 
     def stop(self) -> None:
         """Stop at once, as if killed."""
+        self.open_error = self.attach_error = (grpc.StatusCode.UNAVAILABLE, "stopped")
         self.reading.set()
         for stream in self.streams:
             stream.end(grpc.StatusCode.UNAVAILABLE)

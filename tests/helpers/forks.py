@@ -16,17 +16,15 @@ from unittest.mock import patch
 from processes import family, kill
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",  # which the first optimizer of a process imports
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.fsdp",
-        "torch.distributed.run",
-        "pytest",
-        "preconditioner_client",
-        "preconditioner_protos.v1.preconditioner_pb2_grpc",
-    ]
-)
+_PRELOAD = [
+    "torch._dynamo",  # which the first optimizer of a process imports
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "pytest",
+    "preconditioner_client",
+    "preconditioner_protos.v1.preconditioner_pb2_grpc",
+]
 
 
 def start_fork(
@@ -50,6 +48,8 @@ def start_fork(
     """
     # Libraries count their threads when they are loaded, which only the server of the forks does.
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        # A process has one such server, and others that are imported later may have set what it loads.
+        _FORKS.set_forkserver_preload(_PRELOAD)
         forkserver.ensure_running()
     process = _FORKS.Process(
         target=_call, args=(function, arguments, output, errors, {**os.environ, **(environment or {})})

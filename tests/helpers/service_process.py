@@ -22,16 +22,23 @@ from processes import alive, command_line, kill
 TOKEN = "a-token-for-tests-only-0123456789"
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
     """One that nobody has, for who binds it later.
 
     Between Ray's range and the one that systems choose from: of those of others nobody gets it by chance.
+    Each process of a test run has a part of its own, and gives none away twice.
     """
+    part = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 20_000 + 1000 * part + secrets.randbelow(1000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def wait_for(condition, timeout=60.0, what="the condition"):

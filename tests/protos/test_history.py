@@ -86,6 +86,8 @@ def test_a_killed_process_loses_its_last_moment_alone(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as process:
         said = [process.stdout.readline().split() for _ in range(100)]
+        while Kind.STEP_BEGUN.value.encode() not in path.read_bytes():
+            said.append(process.stdout.readline().split())
         process.send_signal(signal.SIGKILL)
         killed = time.monotonic()
     history = read_history([path])

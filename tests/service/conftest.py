@@ -74,7 +74,7 @@ def _shared_service(tmp_path_factory):
     service = ServiceProcess(
         tmp_path_factory.mktemp("service"),
         "--num-workers=2",
-        "--session-ttl=2",
+        "--session-ttl=8",
         "--reflection",
         "--max-blocks=2000",
         "--max-side=2048",

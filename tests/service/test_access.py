@@ -181,7 +181,9 @@ def test_a_broken_jobs_file_locks_nobody_out(jobs, trainers, service):
     trainer = trainers("token-a")
     trainer.open(open_request("a", manifest((4,))))
     stream = trainer.attach()
-    jobs.path.write_text("[jobs.a")
+    broken = jobs.path.with_suffix(".broken")  # an empty file, as it is while it is written, would be none
+    broken.write_text("[jobs.a")
+    broken.replace(jobs.path)
     wait_for(lambda: service._run._access._problem)
     assert trainer.status().jobs
     assert not stream.ended

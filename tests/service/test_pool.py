@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -29,8 +28,8 @@ class Ray:
     def __init__(self) -> None:
         self.failures: list[tuple[str, Exception]] = []
         self.made = self.pings = 0
-        self.answers_from = 0.0
-        """`time.monotonic()` from which pings are answered."""
+        self.answers = lambda: True
+        """Whether a ping is answered."""
         self.ping = SimpleNamespace(remote=lambda: SimpleNamespace(future=self._ping))
 
     def _may_fail(self, what: str) -> None:
@@ -41,7 +40,7 @@ class Ray:
         self._may_fail("ping")
         self.pings += 1
         answer: Future[int] = Future()
-        if time.monotonic() >= self.answers_from:
+        if self.answers():
             answer.set_result(4711)
         return answer
 
@@ -110,22 +109,24 @@ def test_a_worker_that_takes_its_time_is_waited_for_with_news_for_the_operator(m
     monkeypatch.setattr(pools, "_NEWS_OF_START", 0.05)
     monkeypatch.setattr(pools, "_PING_TIMEOUT", 0.05)
 
+    def news() -> list[str]:
+        return [r.fields["why"] for r in caplog.records if r.msg == "waiting for the first worker"]
+
     async def scenario(pool: RayPool, ray: Ray) -> None:
-        ray.answers_from = time.monotonic() + 0.3
+        ray.answers = lambda: any("last error" in why for why in news())
         await pool.start()
         assert pool.alive == 1
 
     with caplog.at_level("INFO"):
         in_a_pool(scenario)
-    news = [record.fields["why"] for record in caplog.records if record.msg == "waiting for the first worker"]
-    assert news[-1] == "each needs 1 CPUs, and of Ray's 4 CPUs 0 are free; last error: TimeoutError"
+    assert news()[-1] == "each needs 1 CPUs, and of Ray's 4 CPUs 0 are free; last error: TimeoutError"
 
 
 def test_without_a_worker_the_start_fails_with_the_ways_out(monkeypatch):
     monkeypatch.setattr(pools, "_PING_TIMEOUT", 0.05)
 
     async def scenario(pool: RayPool, ray: Ray) -> None:
-        ray.answers_from = float("inf")
+        ray.answers = lambda: False
         with pytest.raises(PoolError, match=r"within 0.3 s: each needs 1 CPUs, .*--start-timeout"):
             await pool.start()
 

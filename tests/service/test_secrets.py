@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import PREFIX, ServiceProcess
 
-from preconditioner_client import ExchangeError, ServiceConfig, Shampoo
+from preconditioner_client import ExchangeError, ServiceConfig, Shampoo, tls_probe
 from preconditioner_protos.v1 import preconditioner_pb2 as pb
 from preconditioner_protos.v1 import preconditioner_pb2_grpc as pb_grpc
 from preconditioner_service import tokens
@@ -137,7 +137,8 @@ def refused(site: Site, text: str, **settings: object) -> str:
     return f"{caught.value!r} {caught.value}"
 
 
-def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_path):
+def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(tls_probe, "_LONGEST_WAIT", 30.0)
     caplog.set_level(logging.DEBUG)
     said = [repr(site.config(token=GOOD, token_file=None)), repr(site.config())]
     model = torch.nn.Linear(3, 2)
@@ -164,7 +165,9 @@ def test_secrets_are_nowhere_but_in_their_files(site, start, caplog, capfd, tmp_
     wait_for(lambda: "the token is no longer good" in site.service.log())
     newest = optimizer.metrics()["versions_adopted"]
     train(optimizer, model, lambda metrics: metrics["versions_adopted"] > newest)
-    site.jobs.write_text(f"[jobs.secretive]\ntokens = ['{PASTED}']\n")
+    broken = tmp_path / "broken.toml"  # an empty file, as it is while it is written, would be none
+    broken.write_text(f"[jobs.secretive]\ntokens = ['{PASTED}']\n")
+    broken.replace(site.jobs)
     wait_for(lambda: "tokens themselves do not belong here" in site.service.log())
     site.certificates.server_key.chmod(0o644)
     site.certificates.server_key.write_bytes(site.stranger.server_key.read_bytes())

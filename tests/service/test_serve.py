@@ -169,15 +169,17 @@ def test_end_of_file_on_stdin_ends_the_service_without_the_drain(start):
 
 
 def test_a_worker_killed_at_work_costs_time_only(service, trainer, job, all_workers):
-    trainer.open(open_request(job, manifest(*[(600, 600)] * 12)))
+    count = 30
+    trainer.open(open_request(job, manifest(*[(600, 600)] * count)))
     stream = trainer.attach()
     matrix = statistics(600)
-    for block in range(12):
+    workers = service.workers()
+    for block in range(count):
         stream.snapshot(block, 1, matrix, matrix)
     stream.until(lambda: stream.arrived)
-    kill(service.workers())
-    stream.until(lambda: len(stream.arrived) == 12)
-    assert sorted(stream.versions()) == [(block, 1) for block in range(12)]
+    kill(workers)
+    stream.until(lambda: len(stream.arrived) == count)
+    assert sorted(stream.versions()) == [(block, 1) for block in range(count)]
     assert not stream.nacks
     wait_for(lambda: "worker lost" in service.log())
     wait_for(lambda: trainer.status().workers == 2)

@@ -167,7 +167,7 @@ def test_opening_is_idempotent(trainer, job):
     assert first.session_id == second.session_id
     assert first.service_id
     assert [list(front.blocks) for front in first.placement.fronts] == [[]]
-    assert first.limits.session_ttl_seconds == 2
+    assert first.limits.session_ttl_seconds == 8
     code, details = refusal(trainer, open_request(job, manifest((4,), (6,))))
     assert code is Code.INVALID_ARGUMENT
     assert "larger epoch" in details
@@ -264,7 +264,7 @@ def test_work_goes_on_while_no_stream_is_there(start, job):
 def test_a_session_outlives_its_stream_by_its_ttl_only(trainer, job):
     trainer.open(open_request(job, manifest((4,))))
     trainer.attach().cancel()
-    wait_for(lambda: job not in [status.job for status in trainer.status().jobs if status.ranks], timeout=10)
+    wait_for(lambda: job not in [status.job for status in trainer.status().jobs if status.ranks], timeout=30)
     stream = trainer.attach()
     stream.until(lambda: stream.ended)
     assert stream.code is Code.FAILED_PRECONDITION

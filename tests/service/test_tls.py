@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from in_process_service import InProcessService
-from preconditioner_client import ExchangeError
+from preconditioner_client import ExchangeError, tls_probe
 from preconditioner_client.connection import preflight
 from preconditioner_client.service_config import ServiceConfig
 from preconditioner_service import certificates, logs
@@ -108,7 +108,8 @@ def test_mutual_tls(serving, installed, authorities):
     assert not reaches(service, trusting(a, b))
 
 
-def test_a_client_without_certificate_is_told_what_is_missing(serving, installed, authorities):
+def test_a_client_without_certificate_is_told_what_is_missing(serving, installed, authorities, monkeypatch):
+    monkeypatch.setattr(tls_probe, "_LONGEST_WAIT", 30.0)
     service = serving(installed, mutual=True)
     address, files = f"localhost:{service.port}", authorities[0]
     with pytest.raises(ExchangeError, match="wants a certificate of this client: set tls_cert and tls_key"):

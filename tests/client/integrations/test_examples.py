@@ -16,6 +16,7 @@ from torch.distributed import run as launcher
 
 from forks import end_fork, start_fork
 from preconditioner_client import LocalExchange, Shampoo
+from service_process import free_port
 
 EXAMPLES = Path(__file__).parents[3] / "client" / "examples"
 
@@ -207,6 +208,7 @@ def test_lightning_saves_what_is_attached_on_all_ranks(example, service, tmp_pat
         capture_output=True,
         text=True,
         timeout=200,
+        env={**os.environ, "MASTER_PORT": str(free_port())},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     results_of(finished.stdout, 2)

@@ -17,6 +17,18 @@ from types import TracebackType
 _STOP_SECONDS = 30.0
 
 
+def _free_port() -> int:
+    """One that nobody has, for who binds it seconds later.
+
+    Below the range that systems choose from, or a socket of Ray's might get it meanwhile.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class ServiceError(RuntimeError):
     """The service could not be started; the message says why."""
 
@@ -35,9 +47,7 @@ class LocalService:
     """
 
     def __init__(self, workers: int = 1, arguments: Sequence[str] = (), log: Path | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
+        self._port = _free_port()
         self.address = f"127.0.0.1:{self._port}"
         self.token = secrets.token_urlsafe(32)
         self._workers = workers
