@@ -93,7 +93,7 @@ class GraftingConfig:
     Attributes:
         method: ``none`` takes the preconditioned gradient as it is. With statistics as an EMA do so only
             where preconditioners are at most about a hundred steps old: in the study of the worker's
-            README older ones cost final loss without grafting, and not with it.
+            README the age of older ones alone costs final loss without grafting, and not with it.
         beta2: decay of the second moment, for ``rmsprop`` (torch calls it alpha) and ``adam``.
         epsilon: added to the root of the second moment.
         trust_coefficient: eta of ``lars``.

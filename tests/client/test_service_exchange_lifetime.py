@@ -40,14 +40,14 @@ def test_a_service_that_does_not_read_blocks_nothing(front, connect):
     exchange = connect(front.address, close_timeout=0.5)
     spec = opened(exchange, session(*[(500, 500)] * 8))
     front.reading.clear()
-    seconds = []
+    longest = 0.0
     for step in range(1, 60):
         snapshots = [snapshot(spec, step % 8, step)]
         began = time.perf_counter()
         exchange.offer(snapshots, step)
         exchange.collect(step)
-        seconds.append(time.perf_counter() - began)
-    assert sorted(seconds)[-3] < 0.2  # from two the machine may take more; who waits does in each
+        longest = max(longest, time.perf_counter() - began)
+    assert longest < 0.2
     assert exchange.counters()["snapshots_replaced"] > 0
     began = time.monotonic()
     exchange.close()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from preconditioner_worker.faults import service
 from processes import alive, command_line, kill
 
 TOKEN = "a-token-for-tests-only-0123456789"
@@ -28,17 +27,13 @@ _given: set[int] = set()
 def free_port() -> int:
     """One that nobody has, for who binds it later.
 
-    Between Ray's range and the one that systems choose from: of those of others nobody gets it by chance.
-    Each process of a test run has a part of its own, and gives none away twice.
+    Each process of a test run has a part of the range of its own, and gives none away twice.
     """
     part = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12
-    while True:
-        port = 20_000 + 1000 * part + secrets.randbelow(1000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if port not in _given:
-                _given.add(port)
-                return port
+    while (port := service.free_port(20_000 + 1000 * part, 1000)) in _given:
+        pass
+    _given.add(port)
+    return port
 
 
 def wait_for(condition, timeout=60.0, what="the condition"):

@@ -264,7 +264,7 @@ def test_work_goes_on_while_no_stream_is_there(start, job):
 def test_a_session_outlives_its_stream_by_its_ttl_only(trainer, job):
     trainer.open(open_request(job, manifest((4,))))
     trainer.attach().cancel()
-    wait_for(lambda: job not in [status.job for status in trainer.status().jobs if status.ranks], timeout=30)
+    wait_for(lambda: job not in [status.job for status in trainer.status().jobs if status.ranks], timeout=16)
     stream = trainer.attach()
     stream.until(lambda: stream.ended)
     assert stream.code is Code.FAILED_PRECONDITION

@@ -17,13 +17,13 @@ from types import TracebackType
 _STOP_SECONDS = 30.0
 
 
-def _free_port() -> int:
-    """One that nobody has, for who binds it seconds later.
+def free_port(first: int = 20_000, count: int = 12_000) -> int:
+    """A port of this range that nobody has, for who binds it seconds later.
 
-    Below the range that systems choose from, or a socket of Ray's might get it meanwhile.
+    By default between Ray's range and the one that systems choose from, so that nobody gets it by chance.
     """
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = first + secrets.randbelow(count)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -47,7 +47,7 @@ class LocalService:
     """
 
     def __init__(self, workers: int = 1, arguments: Sequence[str] = (), log: Path | None = None) -> None:
-        self._port = _free_port()
+        self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
         self.token = secrets.token_urlsafe(32)
         self._workers = workers
