@@ -67,7 +67,7 @@ __all__ = [
     "rescale_weights",
 ]
 
-# gRPC reads it when it is imported, which is later than this. Its handlers of forks abort children of a process
-# whose streams are in use, as the workers of a DataLoader are (github.com/grpc/grpc/issues/32992); without them
-# a child leaves alone what it got.
+# gRPC reads it when it is imported, which is later than this. Its handlers of forks abort children of a
+# process whose streams are in use, as the workers of a DataLoader are (github.com/grpc/grpc/issues/32992);
+# without them a child leaves alone what it got.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
