@@ -1,5 +1,7 @@
 """Asynchronous Shampoo and K-FAC for a training process: optimizers, and their exchange with the service."""
 
+import os
+
 from preconditioner_client.attach import attach
 from preconditioner_client.attached_groups import GroupConfig
 from preconditioner_client.attachment import Attachment
@@ -64,3 +66,8 @@ __all__ = [
     "attach",
     "rescale_weights",
 ]
+
+# gRPC reads it when it is imported, which is later than this. Its handlers of forks abort children of a
+# process whose streams are in use, as the workers of a DataLoader are (github.com/grpc/grpc/issues/32992);
+# without them a child leaves alone what it got.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

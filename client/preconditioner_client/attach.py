@@ -124,7 +124,8 @@ def attach(
             for index, parameter in enumerate(group["params"]):
                 check_parameter(parameter, names.get(parameter, f"parameter {index}"))
     engine = Engine(staleness, service, job, distributed)
-    if optimizer.state:
+    # Adagrad makes its state before the first step.
+    if any(bool(state.get("step", 1)) for state in optimizer.state.values()):
         logger.warning(
             "%s has state already, and the preconditioner attached to it starts without any: to go on from a "
             "checkpoint call attach() before load_state_dict(), which otherwise drops what was saved of the "

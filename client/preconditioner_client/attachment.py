@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, closures, consolidation
@@ -154,6 +155,7 @@ class Attachment:
     def _parameters(self) -> list[list[torch.Tensor]]:
         return [group["params"] for group in self._optimizer.param_groups]
 
+    @_disable_dynamo  # as Shampoo's step
     @torch.no_grad()
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -102,7 +102,8 @@ def check_format(saved: dict[str, Any]) -> None:
     if found != FORMAT:
         raise ValueError(
             f"the checkpoint has {FORMAT_KEY} {found}, this version reads {FORMAT}: it was written by "
-            f"another optimizer, or by another version of this one"
+            f"another optimizer, or by another version of this one. Load the model's weights alone, and let "
+            f"the optimizer begin anew: it needs nothing of another's state"
         )
     check_keys(saved, STEP_KEY, EPOCH_KEY)
     for key, least in ((STEP_KEY, 0), (EPOCH_KEY, 0), (SHARDS_KEY, 1)):

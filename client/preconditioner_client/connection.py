@@ -2,7 +2,7 @@
 
 Importing gRPC opens nothing; a channel is made in the process and thread that use it. A forked child keeps
 the channels of its parent untouched for as long as it lives, since tearing them down would need threads that
-were not forked with it.
+were not forked with it. gRPC's own handlers of forks are off for the same reason, see the package.
 """
 
 from __future__ import annotations

@@ -20,7 +20,14 @@ from preconditioner_client.config import GraftingConfig, StalenessConfig
 from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Exchange, SessionSpec
-from preconditioner_client.gradients import Place, check_finite, check_places, judge, named
+from preconditioner_client.gradients import (
+    Place,
+    check_finite,
+    check_places,
+    check_same_groups,
+    judge,
+    named,
+)
 from preconditioner_client.grafting import graft
 from preconditioner_client.guard import Guard, SkippedSteps, is_deferred
 from preconditioner_client.held_blocks import HeldBlocks
@@ -149,8 +156,12 @@ class Engine:
 
         Returns:
             Whether the groups are to be added again.
+
+        Raises:
+            ValueError: steps were made, and the groups have other parameters than then.
         """
         if self.step:
+            check_same_groups(groups, self.parameters, [plan.names for plan in self.plans])
             return False
         now = [parameter for of_group in groups for parameter in of_group]
         kept = len(now) == len(self.parameters) and all(

@@ -61,6 +61,43 @@ def check_places(parameters: Sequence[tuple[str, torch.Tensor]], places: Sequenc
             )
 
 
+def check_same_groups(
+    groups: Sequence[Sequence[torch.Tensor]],
+    planned: Sequence[torch.Tensor],
+    names: Sequence[Sequence[str]],
+) -> None:
+    """Refuse groups that were changed by hand, whose parameters would meet the blocks of others.
+
+    One that is replaced by another of its shape goes on with its blocks.
+
+    Args:
+        groups: the parameters as they are now.
+        planned: those of all groups, as they were cut.
+        names: of these, for each group.
+
+    Raises:
+        ValueError: naming the group and, where it is one that was replaced, the parameter.
+    """
+    way_out = "nothing was updated. Add parameters by add_param_group(), or make the optimizer anew"
+    if len(groups) != len(names):
+        raise ValueError(f"there were {len(names)} parameter groups, and now are {len(groups)}; {way_out}")
+    position = 0
+    for number, (group, of_group) in enumerate(zip(groups, names, strict=True)):
+        if len(group) != len(of_group):
+            raise ValueError(
+                f"parameter group {number} had {len(of_group)} parameters when its blocks were cut, and has "
+                f"{len(group)} now; {way_out}"
+            )
+        for new, name in zip(group, of_group, strict=True):
+            old = planned[position]
+            position += 1
+            if new is not old and new.shape != old.shape:
+                raise ValueError(
+                    f"{name} of the shape {tuple(old.shape)} was replaced in parameter group {number} by a "
+                    f"parameter of the shape {tuple(new.shape)}; {way_out}"
+                )
+
+
 def held_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """What this rank holds of gradients that are looked at only, in the memory in which they are.
 

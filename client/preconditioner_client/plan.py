@@ -59,6 +59,26 @@ class GroupSettings:
         return BlockStack(members, preconditioned, self.statistics, device, self.averages)
 
 
+def check_kept_settings(group: dict[str, Any], planned: GroupSettings, number: int) -> None:
+    """Refuse settings that the blocks of a group were not made with, since nothing would come of them.
+
+    Args:
+        group: as it is now.
+        planned: what its blocks were made with.
+        number: of the group.
+
+    Raises:
+        ValueError: one was changed since; names it.
+    """
+    for key in ("blocking", "statistics", "root"):
+        made_with = getattr(planned, key)
+        if group[key] is not made_with and group[key] != made_with:
+            raise ValueError(
+                f"{key} of group {number} became {group[key]!r} after its blocks were made with "
+                f"{made_with!r}: set it back, or make a new optimizer with it"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LeftAlone(GroupSettings):
     """Of a group that is not preconditioned: its parameters have names, and no blocks."""

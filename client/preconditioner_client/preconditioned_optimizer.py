@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 import torch.distributed as dist
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from preconditioner_client import checkpoint, checkpoint_check, closures, consolidation
@@ -17,7 +18,7 @@ from preconditioner_client.averaging import averages_first, check_kept_order
 from preconditioner_client.engine import Engine
 from preconditioner_client.gradients import only_initialises, working_gradients
 from preconditioner_client.groups import check_group
-from preconditioner_client.plan import GroupSettings
+from preconditioner_client.plan import GroupSettings, check_kept_settings
 from preconditioner_client.update_rule import apply_updates, directions_of, states_of
 
 logger = logging.getLogger("preconditioner_client")
@@ -63,6 +64,9 @@ class PreconditionedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # As parts of torch's own optimizers are: within a compiled function it runs as it is. The public
+    # torch.compiler.disable would import the compiler together with this package.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of all parameters that have a gradient.
@@ -88,6 +92,7 @@ class PreconditionedOptimizer(Optimizer):
         engine = self._planned()
         for number, (group, plan) in enumerate(zip(self.param_groups, engine.plans, strict=True)):
             check_kept_order(group, plan.settings.momentum_of, number)
+            check_kept_settings(group, plan.settings, number)
         self._consolidated = self._elsewhere = None
         gradients = [
             working_gradients(group, plan.names)

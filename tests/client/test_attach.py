@@ -269,6 +269,16 @@ def test_an_optimizer_with_state_is_attached_to_with_a_warning(caplog):
     assert "call attach() before load_state_dict()" in caplog.text
 
 
+def test_an_optimizer_that_makes_its_state_before_the_first_step_has_made_none(caplog):
+    model, x, y = model_and_data()
+    optimizer = torch.optim.Adagrad(model.parameters())
+    attach(optimizer, model, service=LocalExchange()).detach()
+    assert not caplog.records
+    train(model, x, y, optimizer, 1)
+    attach(optimizer, model, service=LocalExchange())
+    assert "Adagrad has state already" in caplog.text
+
+
 BEGINS_ANEW = "the preconditioner attached to it begins anew"
 
 

@@ -372,6 +372,22 @@ def test_a_setting_changed_after_the_last_step_does_not_make_a_checkpoint_incomp
     Shampoo([parameter], service=LocalExchange()).load_state_dict(through_a_file(optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_state_of_another_optimizer_is_refused_with_the_way_out(hooked):
+    parameter = nn.Parameter(torch.randn(3, 2))
+    adamw = torch.optim.AdamW([parameter])
+    if hooked:
+        attach(adamw, service=LocalExchange())
+    parameter.grad = torch.ones(3, 2)
+    adamw.step()
+    before = parameter.detach().clone()
+    optimizer = Shampoo([parameter], service=LocalExchange())
+    with pytest.raises(ValueError, match=r"written by another optimizer.* Load the model's weights alone"):
+        optimizer.load_state_dict(adamw.state_dict())
+    optimizer.step()
+    assert not torch.equal(parameter, before)
+
+
 def test_another_cut_into_blocks_is_refused_by_name():
     model, optimizer = setup(block_size=4)
     train(model, optimizer, range(6))

@@ -136,3 +136,62 @@ def test_an_attached_preconditioner_leaves_the_sign_to_the_optimizer():
             optimizer.step()
         weights.append(model.weight.detach())
     assert torch.equal(*weights)
+
+
+def changed_by_hand(make, change):
+    """Three steps, a change of the groups, and the message of the next step's error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer = make(model, LocalExchange())
+    for step in range(4):
+        if step == 3:
+            change(optimizer.param_groups, model)
+            before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        if step == 3:
+            with pytest.raises(ValueError) as error:
+                optimizer.step()
+            assert all(map(torch.equal, model.parameters(), before))
+            return str(error.value)
+        optimizer.step()
+    return None
+
+
+def replace_layer(groups, model):
+    model[1] = nn.Linear(6, 5)
+    groups[0]["params"][2:] = model[1].parameters()
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda groups, model: groups[0]["params"].pop(), "group 0 had 4 parameters"),
+        (lambda groups, model: groups[0]["params"].append(nn.Parameter(torch.ones(2))), "has 5 now"),
+        (replace_layer, r"1.weight of the shape (3, 6) was replaced in parameter group 0 by"),
+        (lambda groups, model: groups.clear(), "there were 1 parameter groups, and now are 0"),
+    ],
+    ids=["removed", "appended", "replaced", "no group"],
+)
+def test_groups_that_are_changed_by_hand_are_refused_by_name(make, change, message):
+    """Their parameters would meet the blocks of others."""
+    found = changed_by_hand(make, change)
+    assert message in found
+    assert "add_param_group()" in found
+
+
+@both
+def test_a_parameter_that_another_of_its_shape_replaces_goes_on_with_its_blocks(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer = make(model, LocalExchange())
+    for step in range(6):
+        if step == 3:
+            model[0].weight = nn.Parameter(torch.randn(6, 4))
+            optimizer.param_groups[0]["params"][0] = model[0].weight
+            before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, before)

@@ -190,6 +190,39 @@ def test_a_forked_child_that_ends_in_order_leaves_the_parent_s_stream_alone(fron
     assert len(front.opens) == len(front.closed) == 1
 
 
+BUSY = """
+import os, sys
+from collections import Counter
+import preconditioner_client  # before gRPC, as in a training script
+from exchange_session import opened, session, snapshot
+from preconditioner_client.service_config import ServiceConfig
+from preconditioner_client.service_exchange import ServiceExchange
+
+exchanges = [ServiceExchange(ServiceConfig(address=sys.argv[1])) for _ in range(4)]
+specs = [opened(e, session(job=f"job{i}")) for i, e in enumerate(exchanges)]
+ended = Counter()
+for step in range(1, 151):
+    for exchange, spec in zip(exchanges, specs):
+        exchange.offer([snapshot(spec, 0, step)], step)
+        exchange.collect(step)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    ended[os.waitpid(child, 0)[1]] += 1
+for exchange in exchanges:
+    exchange.close()
+print(dict(ended))
+"""
+
+
+def test_children_that_are_forked_while_matrices_flow_live(front, monkeypatch):
+    """As the workers of a DataLoader are; gRPC's own handlers of forks would abort some of them."""
+    monkeypatch.delenv("GRPC_ENABLE_FORK_SUPPORT", raising=False)
+    trainer = run_trainer(BUSY, front.address)
+    assert trainer.returncode == 0, trainer.stderr
+    assert trainer.stdout.strip() == "{0: 150}", trainer.stderr
+
+
 def test_cost_of_a_step_while_matrices_flow(front, connect, capsys):
     """Not a bound, which a shared machine would not keep: the figures are for people."""
     exchange = connect(front.address)

@@ -219,6 +219,29 @@ def test_groups_with_settings_of_their_own():
     assert second.ridge.value == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("statistics", StatisticsConfig(beta=0.5)),
+        ("blocking", BlockingConfig(block_size=2)),
+        ("root", RootConfig(exponent=0.5)),
+    ],
+)
+def test_a_setting_that_comes_too_late_for_the_blocks_is_refused(key, value):
+    """Nothing would come of it."""
+    model, loss = regression()
+    optimizer = local(model.parameters())
+    made_with = optimizer.param_groups[0][key]
+    train(model, loss, optimizer, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=f"{key} of group 0 became .* set it back, or make a new optimizer"):
+        train(model, loss, optimizer, 1)
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.param_groups[0][key] = copy.deepcopy(made_with)
+    train(model, loss, optimizer, 1)
+
+
 def test_exponents_follow_the_number_of_preconditioned_sides():
     params = [
         nn.Parameter(torch.randn(4, 3)),

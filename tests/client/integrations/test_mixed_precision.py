@@ -199,6 +199,57 @@ def test_a_compiled_model(make, backend):
     assert metrics()["versions_adopted"] > 0
 
 
+@both
+def test_a_step_within_a_compiled_function_is_the_same_step(make):
+    model, x, y = model_and_data()
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    optimizer, metrics = make(model)
+    reference, _ = make(plain)
+
+    @torch.compile(backend="aot_eager")
+    def step():
+        optimizer.step()
+
+    losses = [], []
+    for _ in range(6):
+        for of_loop, take, seen in ((model, step, losses[0]), (plain, reference.step, losses[1])):
+            of_loop.zero_grad()
+            loss = loss_of(of_loop, x, y)
+            loss.backward()
+            seen.append(loss.item())
+            take()
+    assert metrics()["step"] == 6
+    assert metrics()["versions_adopted"] > 0
+    # A compiled AdamW rounds otherwise; Shampoo's step is left as it is.
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    assert make is hooked or same_weights(model, plain)
+
+
+@both
+def test_a_closure_calls_the_compiled_model(make):
+    """The step is left out of compilation, what it calls is not."""
+    model, x, y = model_and_data()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting)
+    optimizer, _ = make(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(compiled, x, y)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > optimizer.step(closure).item()
+    assert graphs
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no compiler for it")
 def test_a_model_compiled_for_the_machine():
     torch._dynamo.reset()
