@@ -122,7 +122,12 @@ def apply_updates(
         lr = float(lr)
     decay = group["weight_decay"]
     if decay != 0 and group["decoupled_weight_decay"] and not owns_weight_decay(group["grafting"]):
-        if guard is None:
+        if guard is None and isinstance(lr, torch.Tensor):
+            for positions in positions_by_kind(params):
+                of_kind = picked(params, positions)
+                kept = (1 - lr * decay).to(of_kind[0].device, of_kind[0].dtype).reshape(())
+                torch._foreach_mul_(of_kind, kept)
+        elif guard is None:
             torch._foreach_mul_(params, 1 - lr * decay)
         else:
             # Within the update, which can be cleared: the same but for rounding.

@@ -183,6 +183,23 @@ def test_parameters_on_several_devices(pretended):
     assert_equal(pretended, train_all(["cuda:0", "cuda:1", "cpu"]), expected)
 
 
+def test_a_learning_rate_on_one_of_several_devices(pretended):
+    def train_all(devices, rate):
+        models = [make_model(device=device) for device in devices]
+        parameters = [p for model in models for p in model.parameters()]
+        lr = torch.full((), 0.01, device=rate)
+        optimizer = make_optimizer(parameters, lr=lr, staleness=SCHEDULED, weight_decay=0.1)
+        for step in range(3):
+            for model in models:
+                set_gradients(model, step)
+            optimizer.step()
+        return [weight for model in models for weight in weights_of(model)]
+
+    found = train_all(["cuda:0", "cuda:1", "cpu"], "cuda:0")
+    for there, here in zip(found, train_all(["cpu"] * 3, "cpu"), strict=True):
+        torch.testing.assert_close(there, here)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_program_may_have_other_defaults(accelerator, as_guarded, dtype):
     @contextlib.contextmanager

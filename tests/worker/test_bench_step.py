@@ -162,3 +162,22 @@ def test_a_service_that_never_answers_is_given_up(monkeypatch):
 
 def test_a_local_exchange_is_one_too():
     assert launches(2, LocalExchange(), 1) > 0
+
+
+def test_a_step_is_not_timed_with_the_copies_beside_it(monkeypatch):
+    waited = []
+
+    class Waiting:
+        def synchronize(self):
+            waited.append(self)
+
+    def whole_device(device):
+        raise AssertionError(f"waited for all streams of {device}")
+
+    training = Waiting()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    monkeypatch.setattr(torch.cuda, "synchronize", whole_device)
+    timer = step_timing.StepTimer(lambda m: torch.optim.SGD(m.parameters()), torch.nn.Linear(2, 2), None)
+    timer._device = torch.device("cuda", 0)
+    timer.times(1)
+    assert waited == [training, training]

@@ -105,7 +105,8 @@ class StepTimer:
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # Not for snapshots that other streams copy: in training the next step goes on meanwhile.
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _intervals(events: Iterator[None], device: torch.device) -> Iterator[float]:
