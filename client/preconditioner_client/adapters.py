@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -147,6 +148,12 @@ class _HFMetrics:
 
     on_epoch_end = on_step_end
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """With ``save_strategy="best"`` only what follows an evaluation decides whether it is saved."""
+        if args.save_strategy == "best" and (self._optimizer or optimizer) is not None:
+            saving = SimpleNamespace(should_save=True)
+            self.on_step_end(args, state, saving, optimizer=optimizer)
+
 
 def _saved_in_parts(prepared: Any, optimizer: Any) -> bool:
     """Whether the ``Trainer`` has every rank save its own part, by ``torch.distributed.checkpoint``.
@@ -172,9 +179,9 @@ def hf_callback(optimizer: Any = None, prefix: str = PREFIX) -> Any:
     what is printed. The reporters (``report_to``) run before the callbacks of a user; for them hand the
     callback to :func:`report_first` instead.
 
-    With several processes it also completes the checkpoints, see :func:`consolidate`: those that are saved
-    every so many steps or at the end of an epoch (``save_strategy`` ``"steps"`` and ``"epoch"``). Of a
-    sharded model every rank saves its own part, but with FSDP's state dict type ``FULL_STATE_DICT``.
+    With several processes it also completes the checkpoints, see :func:`consolidate`, whichever
+    ``save_strategy`` there is. Of a sharded model every rank saves its own part, but with FSDP's state dict
+    type ``FULL_STATE_DICT``.
 
     Args:
         optimizer: see :func:`metrics_source`; default the Trainer's.

@@ -283,6 +283,12 @@ class Attachment:
 
     def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get(STATE_KEY)
+        if any(checkpoint.FORMAT_KEY in group for group in state_dict.get("param_groups", ())):
+            raise ValueError(
+                f"the state dict is that of an optimizer which preconditions by itself, as Shampoo, and "
+                f"lacks what {type(optimizer).__name__} reads in a step: load it into one like that which "
+                f"saved it, or begin with the weights alone"
+            )
         if saved is not None:
             self.load_state_dict(saved)
             self._restored = False

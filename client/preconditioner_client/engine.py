@@ -95,6 +95,8 @@ class Engine:
         self._places: list[Place] = []
         self._compared: list[torch.Tensor] = []
         self._shared: SharedUpdates | None = None
+        # Of the latest step: what replicas that nothing joined would use again.
+        self._last_shared: SharedUpdates | None = None
         self._skipped = SkippedSteps()
 
     def add_group(
@@ -183,7 +185,7 @@ class Engine:
         self._compared = []
         self._held = HeldBlocks()
         self._loads = Loads()
-        self._shared = None
+        self._shared = self._last_shared = None
         self._session_due = self._check_due = False
         self.ranks = Ranks()
         self.refresher = Refresher(self.refresher.config, [], self._held.snapshots, self._held.adopt)
@@ -247,7 +249,10 @@ class Engine:
             ExchangeError: the service refused this trainer for good when it first answered.
             ValueError: on all ranks, when a session begins: they do not train the same, see
                 :func:`preconditioner_client.agreement.agree`.
+            RuntimeError: on all replicas: only some of them have new groups, or were loaded into.
         """
+        if self._session_due or self._check_due:
+            self._announce()
         # Not timed: ranks wait here for those that begin later.
         session = self._agreed_session() if self._session_due else None
         if self._check_due:
@@ -263,9 +268,17 @@ class Engine:
         self._accumulate(gradients, guard)
         if (shared := self._sharing()) is not None:
             shared.begin(gradients)
+            self._last_shared = shared
         self.refresher.offer(self._exchange, self.step)
         self._usable = self.refresher.settle(self._exchange, self.step)
         return self._usable
+
+    def _announce(self) -> None:
+        """Make sure that no replica goes on as before while this one compares itself with all."""
+        if self._last_shared is not None:
+            joined = [name for plan in self.plans[self._last_shared.groups :] for name in plan.names]
+            self._last_shared.announce(f"{joined[0]} is new" if joined else "a state was loaded")
+            self._last_shared = None
 
     def _accumulate(self, gradients: Sequence[MaybeTensors], guard: Guard | None) -> None:
         """Take what this step brings into the statistics of this rank's blocks."""

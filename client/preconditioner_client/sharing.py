@@ -25,6 +25,8 @@ from preconditioner_client.stack import Member
 from preconditioner_client.transfer import to_host, upload
 
 _ALIGNMENT = 64  # bytes
+_JOINS = 2
+"""In the head of what is sent, instead of 0 or 1: this replica makes no step, see ``announce``."""
 
 Updates = Sequence[torch.Tensor | None]
 """One tensor for each parameter of a group; None without a gradient."""
@@ -170,6 +172,16 @@ class SharedUpdates:
             bucket.broadcasts.append((block.replica, alone))
         return bucket
 
+    @property
+    def groups(self) -> int:
+        """How many parameter groups there are."""
+        return len(self._names)
+
+    @property
+    def _marks(self) -> int:
+        """Bytes of the head."""
+        return sum(len(names) for names in self._names)
+
     def pieces(self, entry: StackPlan) -> list[_Piece]:
         """The rows of a stack of this rank in the pieces in which they are best finished, in order."""
         return self._pieces[entry.first]
@@ -180,16 +192,44 @@ class SharedUpdates:
         Args:
             gradients: for each group; which parameters have one is told to the other replicas.
         """
-        for bucket in self._buckets:
-            bucket.wait()  # a step before may have been broken off
-            bucket.unfinished = 0
+        self._reset()
         for pieces in self._pieces.values():
             for piece in pieces:
                 self._buckets[piece.bucket].unfinished += 1
-        self._launched = 0
-        self._updates.clear()
         if self._buckets:
             self._mark(tuple(gradient is not None for of_group in gradients for gradient in of_group))
+
+    def announce(self, reason: str) -> None:
+        """Instead of a step: this replica is about to compare itself with all others, and so must they be.
+
+        One that made its step meanwhile would take the comparison for updates: some backends end the process
+        then, others wait for ever, or mix the two.
+
+        Args:
+            reason: what this replica has done.
+
+        Raises:
+            RuntimeError: some replicas make a step; it is raised there, too, see :meth:`complete`.
+        """
+        if not self._buckets:
+            return
+        self._reset()
+        self._pattern = None
+        self._buckets[0].sent[: self._marks].fill_(_JOINS)
+        while self._launched < len(self._buckets):
+            self._launch(self._buckets[self._launched])
+        for bucket in self._buckets:
+            bucket.wait()
+        heads = self._buckets[0].received[:, : self._marks].cpu()
+        if not bool((heads == _JOINS).all()):
+            self._refuse_joining(heads, f" (here {reason})")
+
+    def _reset(self) -> None:
+        for bucket in self._buckets:
+            bucket.wait()  # a step before may have been broken off
+            bucket.unfinished = 0
+        self._launched = 0
+        self._updates.clear()
 
     def begin_group(self, group: int, updates: Updates) -> None:
         """The next group's turn.
@@ -224,8 +264,9 @@ class SharedUpdates:
             updates: for each group; overwritten where blocks are.
 
         Raises:
-            RuntimeError: on all replicas: they had gradients of different parameters; names the first. On an
-                accelerator it may come with a later step, since the host does not wait for the answer.
+            RuntimeError: on all replicas: they had gradients of different parameters; names the first. Or
+                some have joined another session. On an accelerator it may come with a later step, since the
+                host does not wait for the answer.
         """
         if not self._buckets:
             return
@@ -287,11 +328,22 @@ class SharedUpdates:
         heads, ready = to_host(self._buckets[0].received[:, : len(self._pattern)].clone())
         self._unchecked.append((heads, ready))
         while self._unchecked and (self._unchecked[0][1] is None or self._unchecked[0][1].query()):
-            marks = self._unchecked.popleft()[0].numpy()
+            read = self._unchecked.popleft()[0]
+            if bool((read == _JOINS).any()):
+                self._refuse_joining(read)
+            marks = read.numpy()
             differing = (marks != marks[0]).any(axis=0)
             if differing.any():
                 parameter = int(differing.argmax())
                 self._refuse(parameter, marks[:, parameter].nonzero()[0].tolist())
+
+    def _refuse_joining(self, heads: torch.Tensor, reason: str = "") -> None:
+        joining = (heads == _JOINS).any(1).nonzero().flatten().tolist()
+        raise RuntimeError(
+            f"only the replicas {joining} of {self._ranks.replicas} have new parameters or a state that was "
+            f"loaded since the last step{reason}; call add_param_group() and load_state_dict() on all ranks "
+            f"between the same two steps"
+        )
 
     def _refuse(self, parameter: int, with_gradient: list[int]) -> None:
         names = [name for of_group in self._names for name in of_group]

@@ -332,6 +332,18 @@ def test_what_torch_saves_without_the_preconditioner_is_loaded_with_a_warning(ca
     assert "handle.load_state_dict()" in caplog.text
 
 
+def test_a_checkpoint_of_shampoo_is_refused_before_anything_is_changed():
+    """Torch would take its groups, which lack what the optimizer reads in the next step."""
+    model, x, y, optimizer, handle = attached()
+    train(model, x, y, optimizer, 3)
+    shampoo = Shampoo(model.named_parameters(), service=LocalExchange())
+    train(model, x, y, shampoo, 2)
+    with pytest.raises(ValueError, match=r"which preconditions by itself, as Shampoo, and lacks what AdamW"):
+        optimizer.load_state_dict(shampoo.state_dict())
+    train(model, x, y, optimizer, 1)
+    assert handle.metrics()["step"] == 4
+
+
 def test_with_a_plain_checkpoint_a_handle_that_has_trained_begins_anew(caplog):
     """Statistics of another run are of no use to this one."""
     model, x, y = model_and_data()

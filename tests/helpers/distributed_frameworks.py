@@ -26,6 +26,14 @@ from distributed_training import assert_replicas_are_equal, assert_same, on_all_
 from framework_training import data, make, small_model
 from preconditioner_client.adapters import consolidate, hf_callback, lightning_callback, metrics_source
 
+BEST = {
+    "save_strategy": "best",
+    "metric_for_best_model": "loss",
+    "eval_strategy": "steps",
+    "eval_steps": 12,
+}
+"""The only evaluation finds what is the best until then, and has it saved."""
+
 ATTACHED = {"shampoo": False, "attached": True}
 
 
@@ -52,6 +60,7 @@ class WithLoss(nn.Module):
 def train_with_hugging_face(folder, attached, resume=None, **settings):
     model = WithLoss()
     optimizer = make(model, attached)
+    examples = [{"x": x, "labels": y} for x, y in zip(*data(), strict=True)]
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
@@ -65,7 +74,8 @@ def train_with_hugging_face(folder, attached, resume=None, **settings):
             disable_tqdm=True,
             **settings,
         ),
-        train_dataset=[{"x": x, "labels": y} for x, y in zip(*data(), strict=True)],
+        train_dataset=examples,
+        eval_dataset=examples,
         optimizers=(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)),
         callbacks=[hf_callback()],
     )
@@ -75,13 +85,14 @@ def train_with_hugging_face(folder, attached, resume=None, **settings):
 
 
 def the_hugging_face_trainer_resumes_bit_for_bit(folder):
-    """From the middle of its second epoch of eight steps, and from the end of that."""
+    """From the middle of its second epoch of eight steps, from the end of that, and from the best model."""
     for name, attached in ATTACHED.items():
         for step, settings in (
             (12, {"save_strategy": "steps", "save_steps": 12}),
             (16, {"save_strategy": "epoch"}),
+            (12, BEST),
         ):
-            path = folder / f"hugging-face-{name}-{step}"
+            path = folder / f"hugging-face-{name}-{settings['save_strategy']}"
             uninterrupted = train_with_hugging_face(path, attached, **settings)
             resumed = train_with_hugging_face(path, attached, str(path / f"checkpoint-{step}"), **settings)
             assert_same(resumed, uninterrupted)

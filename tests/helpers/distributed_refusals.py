@@ -183,6 +183,36 @@ def gradients_of_different_parameters_are_refused_by_name_on_all_ranks(folder):
         train(model, optimizer, [3], without={2, 3} if dist.get_rank() == 0 else ())
 
 
+def what_some_replicas_alone_do_is_refused_on_all(folder):
+    """The others would take its comparison with them for their updates."""
+    first = dist.get_rank() == 0
+    for overlap in (False, True):
+        for change, message in (
+            (lambda model, of: of.load_state_dict(of.state_dict()), "a state was loaded"),
+            (lambda model, of: of.add_param_group({"params": [("late", model[2].weight)]}), "late is new"),
+        ):
+            model = make_model()
+            optimizer = Shampoo(
+                list(model[0].named_parameters()),
+                blocking=BlockingConfig(block_size=8),
+                service=LocalExchange(1),
+                distributed=DistributedConfig(overlap=overlap, bucket_bytes=300),
+            )
+            train(model, optimizer, range(3))
+            if first:
+                change(model, optimizer)
+            here = rf" \(here {message}\)" if first else ""
+            with pytest.raises(
+                RuntimeError, match=rf"only the replicas \[0\] of \d .* last step{here}; call"
+            ):
+                train(model, optimizer, [3])
+            # What all of them do is no mistake, also after steps.
+            optimizer = make_optimizer(model)
+            train(model, optimizer, range(3))
+            optimizer.load_state_dict(optimizer.state_dict())
+            train(model, optimizer, range(3, 5))
+
+
 SCENARIOS = [
     a_gradient_that_is_not_finite_is_refused_by_all,
     different_models_are_refused_by_name_on_all_ranks,
@@ -192,8 +222,10 @@ SCENARIOS = [
     different_settings_of_parameters_without_blocks_are_refused_by_name,
     models_of_their_own_are_refused_unless_distributed_is_off,
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
+    what_some_replicas_alone_do_is_refused_on_all,
 ]
 
 ON_FOUR_RANKS = [
     gradients_of_different_parameters_are_refused_by_name_on_all_ranks,
+    what_some_replicas_alone_do_is_refused_on_all,
 ]

@@ -35,6 +35,7 @@ from preconditioner_client import (
     Shampoo,
     attach,
 )
+from preconditioner_client.adapters import metrics_source
 from scripted_exchange import ScriptedExchange
 
 
@@ -208,6 +209,35 @@ def under_distributed_data_parallel(folder):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def options_of_distributed_data_parallel_change_no_bit(folder):
+    """Also where gradients are views of its buckets, and reduced only with the last of several batches."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(10, 3, 8, 12, generator=generator)
+    for make in (make_optimizer, lambda model: make_attached(model)[0]):
+        trained = []
+        for options in (
+            {},
+            {"gradient_as_bucket_view": True},
+            {"gradient_as_bucket_view": True, "find_unused_parameters": True},
+        ):
+            model = make_model()
+            optimizer = make(model)
+            parallel = DistributedDataParallel(model, **options)
+            for *first, last in x:
+                optimizer.zero_grad()
+                with parallel.no_sync():
+                    for batch in first:
+                        parallel(batch).square().mean().backward()
+                parallel(last).square().mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+            assert metrics_source(optimizer).metrics()["versions_adopted"] > 0
+            assert_replicas_are_equal(model)
+            trained.append(model)
+        for model in trained[1:]:
+            assert_same(model, trained[0])
+
+
 def an_attached_preconditioner_shares_its_blocks(folder):
     models = make_model(), make_model()
     optimizers = []
@@ -289,6 +319,7 @@ SCENARIOS = [
     attached_replicas_stay_bit_identical_whatever_arrives_when,
     an_exchange_that_never_answers_at_one_rank,
     under_distributed_data_parallel,
+    options_of_distributed_data_parallel_change_no_bit,
     an_attached_preconditioner_shares_its_blocks,
     a_group_left_alone_is_shared_with_nobody,
     a_process_group_of_some_ranks,

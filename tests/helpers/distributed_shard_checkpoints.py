@@ -73,6 +73,23 @@ def shards_resume_bit_for_bit_with_torch(folder):
             assert resumed[1].metrics()["waits"] == 0
 
 
+def a_checkpoint_that_is_written_beside_training_is_of_its_step(folder):
+    """Steps that are made while torch writes it change nothing in it."""
+    model, optimizer = sharded(uneven)
+    train(model, optimizer, range(STOP))
+    # A group of its own, since its thread and the steps would mix their collectives.
+    writing = dcp.async_save(
+        state_of(model, optimizer), checkpoint_id=folder / "beside", process_group=dist.new_group()
+    )
+    train(model, optimizer, range(STOP, END))
+    writing.result()
+    resumed = sharded(uneven)
+    load(*resumed, folder / "beside")
+    assert resumed[1].metrics()["step"] == STOP
+    train(*resumed, range(STOP, END))
+    assert_same(resumed[0], model)
+
+
 def a_consolidated_state_of_shards_loads_everywhere(folder):
     model, optimizer = sharded(aligned)
     train(model, optimizer, range(STOP))

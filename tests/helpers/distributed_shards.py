@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from distributed_full_states import (
     a_consolidated_state_is_whole_in_a_full_state_dict_of_torch,
@@ -15,6 +17,7 @@ from distributed_full_states import (
     whole_state_by_torch,
 )
 from distributed_shard_checkpoints import (
+    a_checkpoint_that_is_written_beside_training_is_of_its_step,
     a_consolidated_state_is_saved_by_torch,
     a_consolidated_state_of_shards_loads_everywhere,
     a_part_of_other_shards_is_refused_by_name,
@@ -217,6 +220,18 @@ def placements_that_are_not_supported_are_refused_by_name(folder):
             optimizer.state_dict()
 
 
+def shards_of_tensor_parallel_parameters_are_refused_by_name(folder):
+    """Where ``fully_shard`` divides the rows that tensor parallelism has divided already."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    with pytest.raises(ValueError, match=r"0\.weight has the placements \(_StridedShard"):
+        make_optimizer(model).state_dict()
+    with pytest.raises(ValueError, match=r"2\.weight has the placements \(Shard\(dim=0\), Shard\(dim=1\)\)"):
+        make_optimizer(model[2:]).state_dict()
+
+
 def plain_parameters_beside_shards_are_refused_by_name(folder):
     model = aligned()
     fully_shard(model[2], mesh=mesh_of("fsdp"))
@@ -317,6 +332,7 @@ ON_TWO_RANKS = [
     placements_that_are_not_supported_are_refused_by_name,
     plain_parameters_beside_shards_are_refused_by_name,
     shards_resume_bit_for_bit_with_torch,
+    a_checkpoint_that_is_written_beside_training_is_of_its_step,
     a_consolidated_state_of_shards_loads_everywhere,
     a_part_of_other_shards_is_refused_by_name,
     whole_state_by_torch,
@@ -333,6 +349,7 @@ ON_FOUR_RANKS = [
     groups_of_shards_share_one_mesh,
     uneven_and_empty_shards,
     layer_wise_grafting_takes_norms_over_all_shards,
+    shards_of_tensor_parallel_parameters_are_refused_by_name,
     another_number_of_ranks_keeps_what_it_can,
     moments_are_resharded_exactly,
     shards_of_replicas_give_the_bits_of_one_process,
