@@ -17,7 +17,7 @@ PACKAGES = ("preconditioner_client.", "preconditioner_worker.", "preconditioner_
 APART = {
     *(
         f"preconditioner_client.{module}"
-        for module in ("announcement", "checkpoint", "checkpoint_check", "closures", "connect",
+        for module in ("adapters", "announcement", "checkpoint", "checkpoint_check", "closures", "connect",
                        "consolidation", "kfac.memory", "memory", "options", "recording",
                        "service_config", "service_exchange", "step_memory")
     ),

@@ -81,6 +81,7 @@ def test_all_contenders_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     arguments = ["compare", "--workload", "autoencoder", "--seeds", "0,1,2", "--steps", steps,
                  "--evaluate-every", "3", "--shampoo.service", "local:2", "--shampoo-2020.service", "local:2",
                  "--kfac.service", "local:2",
+                 "--adamw-attached.service", "local:2", "--sgd-attached.service", "local:2",
                  "--sgd.lr", "1e38"]  # fmt: skip
     main(arguments)
     folder = tmp_path / "runs" / "compare-autoencoder"

@@ -43,8 +43,9 @@ def test_every_optimizer_learns_and_repeats_itself(name):
     assert all(0 < o <= s for o, s in zip(first.steps.optimizer_seconds, first.steps.seconds, strict=True))
 
 
-def test_ages_and_versions_are_recorded():
-    optimizer = ShampooSettings(service="local:3", refresh_every=5, max_staleness=20)
+@pytest.mark.parametrize("name", ["shampoo", "adamw-attached", "sgd-attached"])
+def test_ages_and_versions_are_recorded(name):
+    optimizer = CONTENDERS[name](service="local:3", refresh_every=5, max_staleness=20)
     run = train(WORKLOAD, settings(optimizer, 30))
     assert run.steps.age[0] is None
     ages = [age for age in run.steps.age if age is not None]

@@ -17,6 +17,8 @@ from rich.console import Console
 from preconditioner_worker.contenders import (
     CONTENDERS,
     AdamSettings,
+    AttachedAdamWSettings,
+    AttachedSGDSettings,
     ContenderName,
     CurveBallSettings,
     KFACSettings,
@@ -101,6 +103,10 @@ class OptimizerOptions(Command):
     shampoo_sync: SynchronousShampooSettings = SynchronousShampooSettings()
     """What differs from the tuned settings."""
     kfac: KFACSettings = KFACSettings()
+    """What differs from the tuned settings."""
+    adamw_attached: AttachedAdamWSettings = AttachedAdamWSettings()
+    """What differs from the tuned settings."""
+    sgd_attached: AttachedSGDSettings = AttachedSGDSettings()
     """What differs from the tuned settings."""
 
     @field_validator("workload")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from preconditioner_client import (
     Shampoo,
     StalenessConfig,
     StatisticsConfig,
+    attach,
 )
 from preconditioner_worker.optimizers import (
     AdagradSettings,
@@ -221,6 +223,70 @@ class KFACSettings(OptimizerSettings):
         )
 
 
+class AttachedSettings(OptimizerSettings):
+    """preconditioner_client.attach before an optimizer of torch; blocks keep the norm of their gradients."""
+
+    statistics_beta: Decay = 0.99
+    """Decay of the statistics' average."""
+    refresh_every: Steps | None = None
+    """Steps between snapshots; null: as soon as the last is back, at most every 10."""
+    max_staleness: Steps = 200
+    """Age up to which no step waits."""
+    service: Service = "embedded"
+    """embedded; host:port of a running service; or local:D: in this process, exactly D steps late."""
+
+    @abstractmethod
+    def plain(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer before which it is put."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """See :class:`OptimizerSettings`; the optimizer keeps what is attached."""
+        optimizer = self.plain(model)
+        attach(
+            optimizer,
+            model,
+            statistics=StatisticsConfig(beta=self.statistics_beta),
+            staleness=StalenessConfig(max_staleness=self.max_staleness, refresh_every=self.refresh_every),
+            service=exchange(self.service),
+        )
+        return optimizer
+
+
+class AttachedAdamWSettings(AttachedSettings):
+    """attach before torch.optim.AdamW, whose moments are then of preconditioned gradients."""
+
+    name: Literal["adamw-attached"] = "adamw-attached"
+    lr: Rate = 3e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    epsilon: NonNegative = 1e-8
+
+    def plain(self, model: nn.Module) -> torch.optim.Optimizer:
+        """See :class:`AttachedSettings`."""
+        return AdamWSettings(
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=self.epsilon,
+        ).build(model)
+
+
+class AttachedSGDSettings(AttachedSettings):
+    """attach before torch.optim.SGD with momentum."""
+
+    name: Literal["sgd-attached"] = "sgd-attached"
+    lr: Rate = 0.1
+    momentum: Decay = 0.9
+    nesterov: bool = False
+
+    def plain(self, model: nn.Module) -> torch.optim.Optimizer:
+        """See :class:`AttachedSettings`."""
+        return SGDSettings(
+            lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum, nesterov=self.nesterov
+        ).build(model)
+
+
 CONTENDERS: Mapping[str, type[OptimizerSettings]] = {
     "adamw": AdamWSettings,
     "adam": AdamSettings,
@@ -233,6 +299,8 @@ CONTENDERS: Mapping[str, type[OptimizerSettings]] = {
     "shampoo-2020": Shampoo2020Settings,
     "shampoo-sync": SynchronousShampooSettings,
     "kfac": KFACSettings,
+    "adamw-attached": AttachedAdamWSettings,
+    "sgd-attached": AttachedSGDSettings,
 }
 
 ContenderName: TypeAlias = Literal[
@@ -247,6 +315,8 @@ ContenderName: TypeAlias = Literal[
     "shampoo-2020",
     "shampoo-sync",
     "kfac",
+    "adamw-attached",
+    "sgd-attached",
 ]
 
 AnyContender: TypeAlias = Annotated[
@@ -260,6 +330,8 @@ AnyContender: TypeAlias = Annotated[
     | ShampooSettings
     | Shampoo2020Settings
     | SynchronousShampooSettings
-    | KFACSettings,
+    | KFACSettings
+    | AttachedAdamWSettings
+    | AttachedSGDSettings,
     Field(discriminator="name"),
 ]

@@ -64,6 +64,8 @@ RATES: Mapping[str, list[float]] = {
     "shampoo-2020": [3e-3, 1e-2, 3e-2, 6e-2, 0.2],
     "kfac": [1e-3, 3e-3, 1e-2, 3e-2, 0.1],
     "shampoo-sync": [5e-4, 1.5e-3, 3e-3, 6e-3, 2e-2],
+    "adamw-attached": [5e-4, 1.5e-3, 3e-3, 6e-3, 2e-2],
+    "sgd-attached": [3e-3, 1e-2, 3e-2, 0.1, 0.3],
 }
 SHORTER: Mapping[tuple[str, str], int] = {("text", "curveball"): 300}
 """Shorter than the workload's: a step of CurveBall costs five of AdamW's there, so its runs take as long."""
@@ -75,9 +77,9 @@ BLEND_SHARE = 0.05
 def _rates(workload: str, optimizer: str) -> Grid:
     steps = SHORTER.get((workload, optimizer), DEFAULT_STEPS[workload])
     start: dict[str, object] = {"name": optimizer}
-    if optimizer == "adamw":
+    if optimizer in ("adamw", "adamw-attached"):
         start["weight_decay"] = 0.01  # without any it were Adam
-    if optimizer in ("shampoo", "kfac"):
+    if optimizer in ("shampoo", "kfac", "adamw-attached", "sgd-attached"):
         start["service"] = VIRTUAL
     if optimizer == "shampoo-2020":
         start |= {"service": VIRTUAL, "blend_steps": round(BLEND_SHARE * steps)}

@@ -25,6 +25,7 @@ CODE = (
     *(
         f"preconditioner_client.{module}"
         for module in (
+            "attach", "attached_groups", "attached_moments", "attached_state", "attachment",
             "kfac.adaptive_refresh", "kfac.diagonals", "kfac.engine", "kfac.factor_stack", "kfac.factors",
             "kfac.layers", "kfac.optimizer", "kfac.recording", "kfac.reduction",
         )

@@ -12,6 +12,8 @@ from rich.console import Console
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from preconditioner_client import Attachment
+from preconditioner_client.adapters import metrics_source
 from preconditioner_client.preconditioned_optimizer import PreconditionedOptimizer
 from preconditioner_worker.progress import display
 from preconditioner_worker.results import (
@@ -44,8 +46,8 @@ def train(workload: Workload, settings: RunSettings, *, console: Console | None 
     try:
         return _run(workload, settings, model, optimizer, console or Console(quiet=True))
     finally:
-        if isinstance(optimizer, PreconditionedOptimizer):
-            optimizer.close()
+        if (preconditioner := _preconditioner(optimizer)) is not None:
+            preconditioner.close()
 
 
 def _run(
@@ -56,6 +58,7 @@ def _run(
     console: Console,
 ) -> RunResult:
     schedule, total = settings.schedule, settings.steps
+    preconditioner = _preconditioner(optimizer)
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(min(step, total - 1), total))
     series = StepSeries()
     evaluations: list[EvaluationPoint] = []
@@ -65,10 +68,10 @@ def _run(
             batch = workload.batch(settings.seed, step - 1)
             loss, seconds, optimizer_seconds = _step(workload, model, optimizer, batch)
             if step == 1:
-                service_seconds = _await_service(optimizer, settings.service_wait)
+                service_seconds = _await_service(preconditioner, settings.service_wait)
             elapsed += seconds
             scheduler.step()
-            age, versions = _freshness(optimizer)
+            age, versions = _freshness(preconditioner)
             series.loss.append(loss)
             series.seconds.append(seconds)
             series.optimizer_seconds.append(optimizer_seconds)
@@ -92,7 +95,7 @@ def _run(
         evaluations=evaluations,
         diverged=diverged,
         service_seconds=service_seconds,
-        metrics=optimizer.metrics() if isinstance(optimizer, PreconditionedOptimizer) else {},
+        metrics={} if preconditioner is None else preconditioner.metrics(),
         environment=Environment.here(text_digest(workload)),
     )
 
@@ -125,12 +128,22 @@ def _step(
     return loss.item(), end - start, end - middle
 
 
-def _await_service(optimizer: torch.optim.Optimizer, longest: float) -> float:
-    """Stand still until an optimizer has the service that its first step called for; returns the seconds."""
-    if not isinstance(optimizer, PreconditionedOptimizer):
+def _preconditioner(optimizer: torch.optim.Optimizer) -> PreconditionedOptimizer | Attachment | None:
+    """What preconditions in an optimizer: itself, or what is attached to it."""
+    try:
+        source = metrics_source(optimizer)
+    except ValueError:
+        return None
+    assert isinstance(source, PreconditionedOptimizer | Attachment)
+    return source
+
+
+def _await_service(preconditioner: PreconditionedOptimizer | Attachment | None, longest: float) -> float:
+    """Stand still until there is the service that the first step called for; returns the seconds."""
+    if preconditioner is None:
         return 0.0
     start = time.monotonic()
-    while not optimizer.metrics()["connected"]:
+    while not preconditioner.metrics()["connected"]:
         if time.monotonic() - start > longest:
             logger.warning("the preconditioner service is not there after %.0f s; going on without", longest)
             break
@@ -138,10 +151,10 @@ def _await_service(optimizer: torch.optim.Optimizer, longest: float) -> float:
     return time.monotonic() - start
 
 
-def _freshness(optimizer: torch.optim.Optimizer) -> tuple[int | None, int]:
+def _freshness(preconditioner: PreconditionedOptimizer | Attachment | None) -> tuple[int | None, int]:
     """Age in use and versions adopted; None and 0 without preconditioners."""
-    if not isinstance(optimizer, PreconditionedOptimizer):
+    if preconditioner is None:
         return None, 0
-    metrics: dict[str, Any] = optimizer.metrics()
+    metrics: dict[str, Any] = preconditioner.metrics()
     age = metrics["age"]
     return (None if age is None else int(age)), int(metrics["versions_adopted"])
