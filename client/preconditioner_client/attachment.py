@@ -23,6 +23,7 @@ from preconditioner_client.gradients import (
     check_parameter,
     held_gradients,
     only_initialises,
+    refuse_capture,
     working_gradients,
 )
 from preconditioner_client.guard import Guard, is_deferred
@@ -160,6 +161,7 @@ class Attachment:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        refuse_capture(optimizer.param_groups)
         # torch passes the optimizer itself as the first of args.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:

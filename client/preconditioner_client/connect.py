@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import itertools
 import os
 import re
 import socket
+import weakref
 
 from preconditioner_client.exchange import Exchange
 from preconditioner_client.recording import TrainerHistory
 from preconditioner_client.service_config import ServiceConfig, check_job
 
 _numbers = itertools.count()
+_holders: weakref.WeakKeyDictionary[Exchange, weakref.ref[object]] = weakref.WeakKeyDictionary()
+"""What has opened a session through each exchange."""
 
 
 def make_exchange(service: str | ServiceConfig | Exchange | None, job: str | None) -> tuple[Exchange, str]:
@@ -37,6 +42,47 @@ def make_exchange(service: str | ServiceConfig | Exchange | None, job: str | Non
 
     config = ServiceConfig.resolve(service)
     return ServiceExchange(config), job or config.job or _default_job()
+
+
+def hold(exchange: Exchange, holder: object) -> None:
+    """Keep an exchange for one optimizer, until :func:`let_go` or until that one is no more.
+
+    Two would take each other's answers, since blocks have the same numbers in both.
+
+    Args:
+        exchange: before a session is opened through it.
+        holder: the optimizer's part that opens it.
+
+    Raises:
+        ValueError: another holder has it.
+    """
+    try:
+        other = _holder_of(exchange)
+    except TypeError:  # a user's own may have neither a hash nor weak references
+        return
+    if other is not None and other is not holder:
+        # An optimizer that nothing needs any more may wait for the collector.
+        del other
+        gc.collect()
+        if _holder_of(exchange) is not None:
+            raise ValueError(
+                f"this {type(exchange).__name__} serves another optimizer, whose answers would be mixed with "
+                f"this one's: give each optimizer an exchange of its own, or close() (detach()) the other "
+                f"one before"
+            )
+    _holders[exchange] = weakref.ref(holder)
+
+
+def let_go(exchange: Exchange, holder: object) -> None:
+    """The end of :func:`hold`; nothing where another one holds it."""
+    with contextlib.suppress(TypeError):
+        if _holder_of(exchange) is holder:
+            del _holders[exchange]
+
+
+def _holder_of(exchange: Exchange) -> object | None:
+    known = _holders.get(exchange)
+    return None if known is None else known()
 
 
 def history_of(exchange: Exchange) -> TrainerHistory | None:

@@ -17,7 +17,7 @@ import torch
 from preconditioner_client.agreement import Described, agree
 from preconditioner_client.averaging import Averaging
 from preconditioner_client.config import GraftingConfig, StalenessConfig
-from preconditioner_client.connect import credit_of, history_of, make_exchange, newest_epoch
+from preconditioner_client.connect import credit_of, history_of, hold, let_go, make_exchange, newest_epoch
 from preconditioner_client.distribution import AUTO, DistributedConfig, Ranks, check_distributed, local
 from preconditioner_client.exchange import Exchange, SessionSpec
 from preconditioner_client.gradients import (
@@ -403,6 +403,7 @@ class Engine:
     def close(self) -> None:
         """End the exchange. Idempotent."""
         self._exchange.close()
+        let_go(self._raw_exchange, self)
 
     def _agreed_session(self) -> SessionSpec:
         """What the next session is to be, as all ranks agree on it."""
@@ -442,6 +443,7 @@ class Engine:
     def _open(self, session: SessionSpec) -> None:
         if not session.blocks:
             return
+        hold(self._raw_exchange, self)
         if any(device.type == "cuda" for device in session.devices):
             self._exchange = UploadingExchange(self._raw_exchange, session.devices)
         self._exchange.open(session)

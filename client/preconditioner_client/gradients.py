@@ -30,6 +30,24 @@ def check_parameter(parameter: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has dtype {parameter.dtype}; only floating-point parameters can be trained")
 
 
+def refuse_capture(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a step that is captured into a CUDA graph: what it does differs from step to step.
+
+    Args:
+        groups: the optimizer's.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"][:1])
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() cannot be captured into a CUDA graph: the host decides in each step which "
+            "preconditioners are adopted. Capture forward and backward passes alone, and call step() after "
+            "the graph's replay()"
+        )
+
+
 Place = tuple[torch.Size, torch.device]
 """Shape and device of a parameter."""
 

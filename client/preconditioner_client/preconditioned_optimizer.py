@@ -16,7 +16,7 @@ from preconditioner_client import checkpoint, checkpoint_check, closures, consol
 from preconditioner_client.agreement import settings_text
 from preconditioner_client.averaging import averages_first, check_kept_order
 from preconditioner_client.engine import Engine
-from preconditioner_client.gradients import only_initialises, working_gradients
+from preconditioner_client.gradients import only_initialises, refuse_capture, working_gradients
 from preconditioner_client.groups import check_group
 from preconditioner_client.plan import GroupSettings, check_kept_settings
 from preconditioner_client.update_rule import apply_updates, directions_of, states_of
@@ -79,10 +79,11 @@ class PreconditionedOptimizer(Optimizer):
                 neither statistics nor moments nor weights, may set gradients to zero, and is logged and
                 counted as soon as the host hears of it.) Or ``momentum_of`` was changed in a live group, or
                 ranks do not train the same.
-            RuntimeError: a gradient is sparse, replicas have gradients of different parameters, or a closure
-                goes through a ``GradScaler``.
+            RuntimeError: a gradient is sparse, replicas have gradients of different parameters, a closure
+                goes through a ``GradScaler``, or a CUDA graph is being captured.
             ExchangeError: the service refused this trainer for good when it first answered.
         """
+        refuse_capture(self.param_groups)
         loss = None
         if closure is not None:
             closures.refuse_under_grad_scaler()

@@ -18,6 +18,7 @@ from preconditioner_client import (
     LocalExchange,
     Shampoo,
     StalenessConfig,
+    attach,
 )
 from preconditioner_client import engine as engine_module
 from scripted_exchange import ScriptedExchange
@@ -257,6 +258,25 @@ def test_a_model_that_is_moved_after_the_first_step_is_refused(pretended):
     set_gradients(model, 1)
     with pytest.raises(ValueError, match=r"0\.weight is on cuda:0, but was on cpu in the first step"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["shampoo", "attach"])
+def test_a_step_is_not_captured_into_a_graph(pretended, monkeypatch, attached):
+    model = make_model(torch.float32, torch.device("cuda", 0))
+    if attached:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attach(optimizer, model, service=LocalExchange())
+    else:
+        optimizer = make_optimizer(model.named_parameters())
+    set_gradients(model, 1)
+    before = weights_of(model)
+    with monkeypatch.context() as patches:
+        patches.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+            optimizer.step()
+    assert all(map(torch.equal, before, weights_of(model)))
+    optimizer.step()
+    assert not any(map(torch.equal, before, weights_of(model)))
 
 
 # -- launches ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from preconditioner_client import (
     Shampoo,
     StalenessConfig,
     StatisticsConfig,
+    attach,
 )
 from scripted_exchange import ScriptedExchange
 
@@ -419,3 +420,35 @@ def test_an_optimizer_is_not_copied_by_accident():
     optimizer = local([nn.Parameter(torch.ones(3, 2))])
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(optimizer)
+
+
+def test_one_exchange_serves_one_optimizer_at_a_time():
+    exchange = LocalExchange()
+
+    def made():
+        model = nn.Linear(3, 2, bias=False)
+        model.weight.grad = torch.ones(2, 3)
+        return model, Shampoo(model.parameters(), service=exchange)
+
+    _, first = made()
+    first.step()
+    model, second = made()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="this LocalExchange serves another optimizer"):
+        second.step()
+    assert torch.equal(model.weight, before)
+    first.close()
+    second.step()
+    assert not torch.equal(model.weight, before)
+
+    del second  # what is gone holds nothing
+    model = nn.Linear(3, 2, bias=False)
+    model.weight.grad = torch.ones(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, model, service=exchange)
+    optimizer.step()
+    _, last = made()
+    with pytest.raises(ValueError, match="serves another optimizer"):
+        last.step()
+    handle.detach()
+    last.step()

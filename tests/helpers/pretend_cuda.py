@@ -105,6 +105,7 @@ def pretended_cuda(lag=2):
         "device": _Device,
         "set_device": lambda device: setattr(runtime, "device", runtime.index_of(device)),
         "current_device": lambda: runtime.device,
+        "is_current_stream_capturing": lambda: False,
     }
     if not torch.cuda.is_available():
         stands_in["_lazy_init"] = lambda: None
