@@ -35,9 +35,8 @@ _MOST_WHY = 500
 
 NICENESS = "RAY_worker_niceness"
 """Variable of Ray: the niceness of its workers, 15 by default. At that, whatever else keeps the cores busy
-leaves them a thirtieth of the time, and the service itself is among it."""
-
-_MOST_NICE = 19
+leaves them a thirtieth of the time, and the service itself is among it. Ray adds it to what its
+workers inherit."""
 
 
 def private_environment(environ: MutableMapping[str, str], worker_nice: int = 0) -> None:
@@ -63,7 +62,7 @@ def private_environment(environ: MutableMapping[str, str], worker_nice: int = 0)
     # Ray kills its workers when the machine's memory runs low. Here that would be the trainer's doing, and
     # what this service holds is bounded anyway.
     environ["RAY_memory_monitor_refresh_ms"] = "0"
-    environ[NICENESS] = str(min(os.nice(0) + worker_nice, _MOST_NICE))
+    environ[NICENESS] = str(worker_nice)
 
 
 class RayDirectory:

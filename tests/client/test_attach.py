@@ -307,10 +307,10 @@ def test_the_handle_is_saved_and_loaded_by_torch_distributed_checkpoint(grafting
         own = get_optimizer_state_dict(model, optimizer)
         return {"model": model.state_dict(), "optimizer": own, "preconditioner": handle}
 
-    dcp.save(parts(model, optimizer, handle), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(parts(model, optimizer, handle), checkpoint_id=tmp_path)
     model, x, y, optimizer, handle = attached(grafting)
     state = parts(model, optimizer, handle)
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert handle.metrics()["step"] == 9

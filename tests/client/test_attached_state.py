@@ -160,7 +160,7 @@ def parts(model, optimizer, handle):
 def load(run, path, **planner):
     model, optimizer, _ = run
     state = parts(*run)
-    dcp.load(state, checkpoint_id=path, no_dist=True, planner=DefaultLoadPlanner(**planner))
+    dcp.load(state, checkpoint_id=path, planner=DefaultLoadPlanner(**planner))
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return run
@@ -170,7 +170,7 @@ def load(run, path, **planner):
 def test_the_handle_is_saved_and_loaded_by_torch_distributed_checkpoint(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     for name, groups in (("left alone", GROUPS), ("not", {0: OWN})):
-        dcp.save(parts(*trained(groups, range(STOP))), checkpoint_id=tmp_path / name, no_dist=True)
+        dcp.save(parts(*trained(groups, range(STOP))), checkpoint_id=tmp_path / name)
 
     model, optimizer, _ = load(attached(GROUPS), tmp_path / "left alone")
     assert not caplog.records

@@ -268,14 +268,14 @@ def an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer(folder):
     an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder)
 
 
-def an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder, **options):
+def an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder):
     """On any number of ranks, bit for bit: the blocks of replicas are the same on all numbers."""
     for method in ("sgd", "adam"):
         uninterrupted, optimizer, _ = attached(method)
         train(uninterrupted, optimizer, range(END))
         model, optimizer, handle = attached(method)
         state = attached_parts(model, optimizer, handle)
-        dcp.load(state, checkpoint_id=folder / f"attached-{method}", **options)
+        dcp.load(state, checkpoint_id=folder / f"attached-{method}")
         model.load_state_dict(state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         assert handle.metrics()["step"] == STOP

@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def test_the_private_environment_forgets_other_rays():
     assert environment["RAY_AUTH_MODE"] == "token"
     assert len(environment["RAY_AUTH_TOKEN"]) >= 32
     assert environment["RAY_AUTH_TOKEN"] != "theirs"
-    assert environment["RAY_worker_niceness"] == str(min(os.nice(0) + 3, 19))
+    assert environment["RAY_worker_niceness"] == "3", "Ray adds it to what its workers inherit"
 
 
 def test_the_reaper_ends_who_holds_files_in_the_directory_and_removes_it():

@@ -47,7 +47,7 @@ def test_one_process_resumes_from_what_two_ranks_saved_with_torch(two, folder):
     model = make_model()
     optimizer = make_optimizer(model)
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "nested", no_dist=True)
+    dcp.load(state, checkpoint_id=folder / "nested")
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     assert_continues_as_uninterrupted(model, optimizer)
@@ -56,4 +56,4 @@ def test_one_process_resumes_from_what_two_ranks_saved_with_torch(two, folder):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_one_process_resumes_from_what_two_ranks_saved_with_torch_of_an_attached_preconditioner(two, folder):
     two.require("an_attached_preconditioner_is_saved_by_torch_beside_its_optimizer")
-    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder, no_dist=True)
+    an_attached_preconditioner_resumes_from_what_two_ranks_saved_with_torch(folder)

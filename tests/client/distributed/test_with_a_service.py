@@ -49,4 +49,4 @@ def test_one_process_resumes_from_the_file_of_two_ranks(two, folder):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_one_process_resumes_from_what_two_ranks_saved_with_torch(two, folder):
     two.require(a_stopped_run_resumes_bit_for_bit.__name__)
-    a_run_resumes_from_the_parts_of_two_ranks(folder, no_dist=True)
+    a_run_resumes_from_the_parts_of_two_ranks(folder)

@@ -61,10 +61,10 @@ def test_bench_measures_and_writes(tmp_path, capsys):
 def test_bench_without_torch_says_so(monkeypatch):
     honest = importlib.import_module
 
-    def missing(name, *rest):
+    def missing(name, package=None):
         if name == "torch":
             raise ImportError("No module named 'torch'")
-        return honest(name, *rest)
+        return honest(name, package)
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(SystemExit, match="torch"):
