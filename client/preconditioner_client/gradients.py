@@ -39,7 +39,7 @@ def refuse_capture(groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         RuntimeError: the current stream is being captured.
     """
-    on_cuda = any(p.is_cuda for group in groups for p in group["params"][:1])
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
     if on_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "step() cannot be captured into a CUDA graph: the host decides in each step which "
